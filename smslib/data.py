@@ -1,0 +1,385 @@
+"""Cells and designs: what a screen measured and what was done to each cell.
+
+Everything downstream of this module trusts its input; `from_anndata` is the only door.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import anndata
+    import scipy.sparse
+
+__all__ = ["Cells", "Design", "from_anndata", "minibatches", "seeded", "split_cells"]
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """Which targets each experimental condition perturbs.
+
+    Parameters
+    ----------
+    conditions : tuple of str, length n_conditions
+        Names; ``conditions[0]`` is the control.
+    targets : tuple of str, length n_targets
+        What can be perturbed (genes, for a Perturb-seq screen).
+    matrix : Tensor, (n_conditions, n_targets)
+        Dose of each target, dimensionless; row 0 is zero.
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree, a name repeats, or the control has a dose.
+    """
+
+    conditions: tuple[str, ...]
+    targets: tuple[str, ...]
+    matrix: Float[Tensor, "condition target"]
+
+    def __post_init__(self) -> None:
+        """Check the shapes and the control row."""
+        expected = (len(self.conditions), len(self.targets))
+        if tuple(self.matrix.shape) != expected:
+            raise ValueError(
+                f"design matrix has shape {tuple(self.matrix.shape)}, but there are "
+                f"{expected[0]} conditions and {expected[1]} targets"
+            )
+        _refuse_repeats("conditions", self.conditions)
+        _refuse_repeats("targets", self.targets)
+        if bool(self.matrix[0].any()):
+            raise ValueError(
+                f"the control {self.conditions[0]!r} (row 0 of the design) has a non-zero dose; "
+                "put the unperturbed condition first"
+            )
+
+    @classmethod
+    def single_target(cls, targets: Sequence[str], *, control: str = "control") -> Design:
+        """Return the design in which every condition perturbs the target of its own name."""
+        matrix = torch.cat([torch.zeros(1, len(targets)), torch.eye(len(targets))])
+        return cls((control, *targets), tuple(targets), matrix)
+
+    @property
+    def n_conditions(self) -> int:
+        """Number of conditions, the control included."""
+        return len(self.conditions)
+
+    @property
+    def n_targets(self) -> int:
+        """Number of targets."""
+        return len(self.targets)
+
+    def extend(self, conditions: Sequence[str]) -> Design:
+        """Return a design with new single-target conditions appended; old rows are unchanged."""
+        n_new = len(conditions)
+        old = torch.nn.functional.pad(self.matrix, (0, n_new))
+        new = torch.nn.functional.pad(torch.eye(n_new), (self.n_targets, 0))
+        return Design(
+            (*self.conditions, *conditions),
+            (*self.targets, *conditions),
+            torch.cat([old, new.to(old)]),
+        )
+
+    def index(self, conditions: Sequence[str]) -> Int[Tensor, " chosen"]:
+        """Return the rows of the named conditions.
+
+        Raises
+        ------
+        KeyError
+            If a name is unknown; the nearest known names are listed.
+        """
+        position = {name: row for row, name in enumerate(self.conditions)}
+        for name in conditions:
+            if name not in position:
+                raise KeyError(f"unknown condition {name!r}{_nearest(name, self.conditions)}")
+        return torch.tensor([position[name] for name in conditions], dtype=torch.long)
+
+    def to(self, device: str | torch.device) -> Design:
+        """Return the design with its matrix on ``device``."""
+        return replace(self, matrix=self.matrix.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Counts and condition of a set of cells, all on one device.
+
+    Parameters
+    ----------
+    counts : Tensor, (n_cells, n_genes)
+        UMIs: non-negative integers held as floating point.
+    condition : Tensor, (n_cells,)
+        Row of ``Design.matrix`` of each cell.
+    """
+
+    counts: Float[Tensor, "cell gene"]
+    condition: Int[Tensor, " cell"]
+
+    @property
+    def library(self) -> Float[Tensor, "cell 1"]:
+        """Total UMIs per cell."""
+        return self.counts.sum(-1, keepdim=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts live."""
+        return self.counts.device
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return self.counts.shape[1]
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return self.counts.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | np.ndarray) -> Cells:
+        """Return the chosen cells, in the order of ``index``."""
+        return Cells(self.counts[index], self.condition[index])
+
+    def of(self, conditions: Int[Tensor, " chosen"]) -> Cells:
+        """Return the cells of the given condition rows, labels unchanged."""
+        return self[torch.isin(self.condition, conditions.to(self.device))]
+
+    def to(self, device: str | torch.device) -> Cells:
+        """Return the cells on ``device``."""
+        return Cells(self.counts.to(device), self.condition.to(device))
+
+
+def from_anndata(
+    adata: anndata.AnnData,
+    *,
+    perturbation_key: str,
+    control: str,
+    layer: str | None = None,
+    sep: str = "+",
+) -> tuple[Cells, Design]:
+    """Read counts and conditions from AnnData; the one place where input is validated.
+
+    Parameters
+    ----------
+    adata : AnnData, (n_cells, n_genes)
+        Raw counts (UMIs) in ``X`` or in ``layers[layer]``: dense, CSR, CSC, or backed by a file.
+    perturbation_key : str
+        Column of ``obs`` that names each cell's condition.
+    control : str
+        The unperturbed condition; it becomes row 0 of the design.
+    layer : str, optional
+        Layer that holds the counts; ``X`` by default.
+    sep : str
+        Separates the targets of a combination (``"KLF1+MAP2K6"``). A part that equals ``control``
+        adds no target.
+
+    Returns
+    -------
+    cells : Cells
+        float32 counts, in the order of ``adata``.
+    design : Design
+        The control first, then the other conditions in alphabetical order.
+
+    Raises
+    ------
+    KeyError
+        If ``perturbation_key`` or ``layer`` does not exist; the nearest names are listed.
+    ValueError
+        If the control is absent; a label is missing; cell or gene names repeat; a condition has no
+        cells; a count is NaN, negative or not an integer (the first such cell and gene are named);
+        or a cell has no UMIs.
+    """
+    labels = _labels(adata, perturbation_key, control)
+    _refuse_repeats("adata.obs_names", adata.obs_names)
+    _refuse_repeats("adata.var_names", adata.var_names)
+    counts = _counts(adata, layer)
+    _check_counts(counts, adata, layer)
+    design = _design(labels, control, sep)
+    row = {name: index for index, name in enumerate(design.conditions)}
+    condition = np.fromiter((row[name] for name in labels), dtype=np.int64, count=len(labels))
+    return Cells(torch.from_numpy(_dense(counts)), torch.from_numpy(condition)), design
+
+
+def minibatches(
+    cells: Cells, batch_size: int, *, generator: torch.Generator | None = None, smallest: int = 1
+) -> Iterator[Cells]:
+    """Yield batches by slicing tensors; shuffled when a generator is given, in order otherwise.
+
+    Parameters
+    ----------
+    cells : Cells
+    batch_size : int
+    generator : torch.Generator, optional
+        A CPU generator, so that the order does not depend on the device.
+    smallest : int
+        A trailing batch of fewer cells is left out (batch normalisation needs a few cells).
+    """
+    n_cells = len(cells)
+    order = None
+    if generator is not None:
+        order = torch.randperm(n_cells, generator=generator).to(cells.device)
+    for start in range(0, n_cells, batch_size):
+        stop = min(start + batch_size, n_cells)
+        if stop - start >= smallest:
+            yield cells[slice(start, stop) if order is None else order[start:stop]]
+
+
+def split_cells(cells: Cells, fractions: Sequence[float], *, seed: int) -> tuple[Cells, ...]:
+    """Partition cells, stratified by condition; the parts are disjoint and exhaustive.
+
+    Parameters
+    ----------
+    cells : Cells
+    fractions : sequence of float
+        Positive shares that sum to one. Within a condition each part gets its share, to within
+        one cell.
+    seed : int
+
+    Returns
+    -------
+    tuple of Cells
+        One per fraction, each in the order of ``cells``.
+
+    Raises
+    ------
+    ValueError
+        If the fractions are not positive or do not sum to one.
+    """
+    shares = np.asarray(fractions, dtype=float)
+    if (shares <= 0).any() or not np.isclose(shares.sum(), 1.0):
+        raise ValueError(f"fractions are {list(fractions)}; expected positive shares that sum to 1")
+    rng = np.random.default_rng(seed)
+    condition = cells.condition.cpu().numpy()
+    part = np.empty(len(cells), dtype=np.int64)
+    for value in np.unique(condition):
+        members = rng.permutation(np.flatnonzero(condition == value))
+        cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)
+        for index, piece in enumerate(np.split(members, cuts)):
+            part[piece] = index
+    return tuple(
+        cells[torch.from_numpy(np.flatnonzero(part == index)).to(cells.device)]
+        for index in range(len(shares))
+    )
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block under its own torch seed and restore the global random state on exit."""
+    with torch.random.fork_rng():
+        torch.random.manual_seed(seed)
+        yield
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.4)
+    return f"; nearest known: {near}" if near else f"; known: {[str(k) for k in known][:10]}"
+
+
+def _refuse_repeats(what: str, names: Sequence[str]) -> None:
+    unique, times = np.unique(np.asarray(names, dtype=str), return_counts=True)
+    if (times > 1).any():
+        raise ValueError(
+            f"{what} are not unique: {unique[times > 1][:3].tolist()} repeat; "
+            "make them unique first (AnnData: .obs_names_make_unique(), .var_names_make_unique())"
+        )
+
+
+def _labels(adata: anndata.AnnData, key: str, control: str) -> np.ndarray:
+    """Return each cell's condition name, checked."""
+    if key not in adata.obs:
+        raise KeyError(f"perturbation_key {key!r} is not in adata.obs{_nearest(key, adata.obs)}")
+    column = adata.obs[key]
+    if column.isna().any():
+        first = adata.obs_names[int(np.argmax(column.isna()))]
+        raise ValueError(
+            f"adata.obs[{key!r}] has {int(column.isna().sum())} missing labels, first in cell "
+            f"{first!r}; drop these cells or label them"
+        )
+    if hasattr(column, "cat"):
+        empty = sorted(set(column.cat.categories) - set(column.unique()))
+        if empty:
+            raise ValueError(
+                f"conditions without cells: {empty[:5]}; call "
+                f"adata.obs[{key!r}].cat.remove_unused_categories()"
+            )
+    labels = column.astype(str).to_numpy()
+    if control not in labels:
+        raise ValueError(
+            f"control {control!r} is not among the conditions of adata.obs[{key!r}]"
+            f"{_nearest(control, np.unique(labels))}"
+        )
+    return labels
+
+
+def _counts(adata: anndata.AnnData, layer: str | None) -> np.ndarray | scipy.sparse.csr_matrix:
+    """Return the counts in memory, dense or CSR."""
+    from scipy import sparse
+
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(f"layer {layer!r} is not in adata.layers{_nearest(layer, adata.layers)}")
+    if adata.isbacked:
+        adata = adata.to_memory()
+    counts = adata.X if layer is None else adata.layers[layer]
+    if counts is None:
+        raise ValueError(f"adata.X is empty; pass layer=, one of {list(adata.layers)}")
+    return sparse.csr_matrix(counts) if sparse.issparse(counts) else np.asarray(counts)
+
+
+def _check_counts(
+    counts: np.ndarray | scipy.sparse.csr_matrix, adata: anndata.AnnData, layer: str | None
+) -> None:
+    """Raise a ValueError that names the first entry which is not a count."""
+    values = counts if isinstance(counts, np.ndarray) else counts.data
+    bad = ~np.isfinite(values) | (values < 0) | (values != np.floor(values))
+    if bad.any():
+        cell, gene = _first(bad, counts)
+        where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+        others = [name for name in (None, *adata.layers) if name != layer]
+        raise ValueError(
+            f"{where} holds {counts[cell, gene]} for cell {adata.obs_names[cell]!r}, gene "
+            f"{adata.var_names[gene]!r}; expected raw counts (non-negative integers). "
+            f"Pass layer= if they are elsewhere (available: {others})"
+        )
+    empty = np.asarray(counts.sum(1)).ravel() == 0
+    if empty.any():
+        raise ValueError(
+            f"{int(empty.sum())} cells have no UMIs, first {adata.obs_names[int(empty.argmax())]!r}"
+            "; remove them (scanpy.pp.filter_cells(adata, min_counts=1))"
+        )
+
+
+def _first(bad: np.ndarray, counts: np.ndarray | scipy.sparse.csr_matrix) -> tuple[int, int]:
+    """Return cell and gene of the first offending entry."""
+    if isinstance(counts, np.ndarray):
+        cell, gene = np.argwhere(bad)[0]
+        return int(cell), int(gene)
+    position = int(bad.argmax())
+    cell = int(np.searchsorted(counts.indptr, position, side="right")) - 1
+    return cell, int(counts.indices[position])
+
+
+def _dense(counts: np.ndarray | scipy.sparse.csr_matrix) -> Float[np.ndarray, "cell gene"]:
+    dense = counts if isinstance(counts, np.ndarray) else counts.toarray()
+    return np.array(dense, dtype=np.float32, order="C")
+
+
+def _design(labels: np.ndarray, control: str, sep: str) -> Design:
+    """Build the design of the conditions found, control first, targets in alphabetical order."""
+    conditions = [control, *sorted(set(labels) - {control})]
+    parts = [
+        [] if name == control else [part for part in name.split(sep) if part != control]
+        for name in conditions
+    ]
+    targets = sorted({part for names in parts for part in names})
+    matrix = torch.zeros(len(conditions), len(targets))
+    column = {name: index for index, name in enumerate(targets)}
+    for row, names in enumerate(parts):
+        for name in names:
+            matrix[row, column[name]] = 1.0
+    return Design(tuple(conditions), tuple(targets), matrix)
