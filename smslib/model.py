@@ -1,0 +1,249 @@
+"""The variational autoencoder whose prior shifts sparsely with the perturbation.
+
+``encode`` and ``decode`` never see the condition: what was done to a cell enters through the
+prior alone, so that a perturbation can act on the genes only through the latents it shifts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from smslib.data import Cells, Design, seeded
+from smslib.distributions import Moments, NegativeBinomial, kl_to_shifted_normal
+from smslib.priors import GATES, METHODS, SLABS, Estimator, ShiftPrior
+
+__all__ = ["SMSVAE", "Terms"]
+
+Norm = Literal["batch", "layer", "none"]
+Activation = Literal["relu", "leaky_relu"]
+_LEAK = 0.2
+_SMALLEST_VARIANCE = 1e-4  # of q(z | x), as released
+
+
+class Terms(NamedTuple):
+    """The three terms of the ELBO."""
+
+    reconstruction: Float[Tensor, " cell"]
+    """E_q log p(x | z), nats."""
+    kl: Float[Tensor, " cell"]
+    """KL(q(z | x) || p(z | c)), gates integrated out or drawn, nats."""
+    penalty: Float[Tensor, ""]
+    """Sparsity, nats over the whole screen."""
+
+
+class SMSVAE(nn.Module):
+    r"""A VAE of counts with ``z | c ~ N(s(c), I)`` and ``x | z ~ NB(library * softmax f(z))``.
+
+    Parameters
+    ----------
+    prior : ShiftPrior
+    n_genes : int
+    n_latent : int
+    n_hidden, n_layers : int
+        Width and depth of encoder and decoder (paper, App. D.1: 128 and 2).
+    norm : {"none", "layer", "batch"}
+        After each hidden linear map. ``"batch"`` is what was released; it couples the cells of a
+        batch and makes "frozen" ambiguous.
+    dropout : float
+        In the encoder's hidden layers; the released code uses 0.1.
+    activation : {"leaky_relu", "relu"}
+    estimator : {"expected", "sampled"}
+        Gates integrated out in closed form, or drawn straight-through (as released).
+    """
+
+    def __init__(
+        self,
+        prior: ShiftPrior,
+        n_genes: int,
+        *,
+        n_latent: int,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        norm: Norm = "none",
+        dropout: float = 0.0,
+        activation: Activation = "leaky_relu",
+        estimator: Estimator = "expected",
+    ) -> None:
+        super().__init__()
+        self.options = {
+            "n_genes": n_genes,
+            "n_latent": n_latent,
+            "n_hidden": n_hidden,
+            "n_layers": n_layers,
+            "norm": norm,
+            "dropout": dropout,
+            "activation": activation,
+            "estimator": estimator,
+        }
+        self.prior = prior
+        self.estimator = estimator
+        hidden = [n_hidden] * n_layers
+        self.encoder = _mlp([n_genes, *hidden], norm, dropout, activation)
+        self.posterior = nn.Linear(n_hidden, 2 * n_latent)
+        self.decoder = _mlp([n_latent, *hidden], norm, 0.0, activation)
+        self.genes = nn.Linear(n_hidden, n_genes)
+        self.log_theta = nn.Parameter(torch.randn(n_genes))
+
+    @classmethod
+    def preset(
+        cls,
+        method: str,
+        design: Design,
+        n_genes: int,
+        *,
+        n_latent: int = 15,
+        sparsity: float | None = None,
+        seed: int = 0,
+        **options: object,
+    ) -> SMSVAE:
+        """Build a published method by name.
+
+        Parameters
+        ----------
+        method : str
+            A key of `smslib.priors.METHODS`.
+        design : Design
+        n_genes : int
+        n_latent : int
+        sparsity : float, optional
+            alpha of sVAE+ (the number of targets by default), or the L1 strength of sVAE in nats.
+        seed : int
+            Of the initial weights.
+        **options
+            Passed to `SMSVAE`.
+
+        Raises
+        ------
+        ValueError
+            If the method is unknown, or has no gates to be sparse.
+        """
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; expected one of {sorted(METHODS)}")
+        with seeded(seed):
+            slab, gate = METHODS[method](design.n_targets, n_latent, sparsity)
+            prior = ShiftPrior(design, slab, gate)
+            return cls(prior, n_genes, n_latent=n_latent, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.log_theta.device
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return self.options["n_genes"]
+
+    @property
+    def n_latent(self) -> int:
+        """Number of latents."""
+        return self.options["n_latent"]
+
+    def encode(self, counts: Float[Tensor, "cell gene"]) -> Moments:
+        """Return mean and variance of q(z | x)."""
+        mean, log_variance = self.posterior(self.encoder(counts.log1p())).chunk(2, dim=-1)
+        return Moments(mean, log_variance.exp() + _SMALLEST_VARIANCE)
+
+    def decode(
+        self, z: Float[Tensor, "*draw cell latent"], library: Float[Tensor, "cell 1"]
+    ) -> NegativeBinomial:
+        """Return p(x | z, library); it takes no condition, by design."""
+        log_rate = self.genes(self.decoder(z)).log_softmax(-1)
+        return NegativeBinomial(log_rate + library.log(), self.log_theta)
+
+    def forward(self, cells: Cells) -> Terms:
+        """Return the terms of the ELBO (paper, eq. 12) at one draw of z per cell."""
+        q = self.encode(cells.counts)
+        z = q.mean + q.variance.sqrt() * torch.randn_like(q.mean)
+        shift = self.prior.of(cells.condition, self.estimator)
+        x_given_z = self.decode(z, cells.library)
+        reconstruction = x_given_z.log_prob(cells.counts).sum(-1)
+        kl = kl_to_shifted_normal(q.mean, q.variance, shift).sum(-1)
+        return Terms(reconstruction, kl, self.prior.penalty())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
+
+        Each file is written under a temporary name and moved into place.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        _move_in(folder / "weights.pt", lambda file: torch.save(self._state(), file))
+        config = json.dumps(self._config(), indent=1)
+        _move_in(folder / "config.json", lambda file: file.write_text(config))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> SMSVAE:
+        """Read a model back.
+
+        Raises
+        ------
+        FileNotFoundError
+            If ``path`` holds no saved model.
+        """
+        folder = Path(path)
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{folder} holds no saved model (config.json is missing)")
+        config = json.loads((folder / "config.json").read_text())
+        state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
+        design = Design(
+            tuple(config["conditions"]), tuple(config["targets"]), state.pop("design")
+        )
+        model = cls(_prior(config, design), **config["model"])
+        model.load_state_dict(state)
+        return model.to(device).eval()
+
+    def _state(self) -> dict[str, Tensor]:
+        return {**self.state_dict(), "design": self.prior.dose}
+
+    def _config(self) -> dict[str, object]:
+        slab, gate = self.prior.slab, self.prior.gate
+        return {
+            "model": self.options,
+            "conditions": self.prior.conditions,
+            "targets": self.prior.targets,
+            "slab": [type(slab).__name__, slab.options()],
+            "gate": [type(gate).__name__, gate.options()],
+        }
+
+
+def _prior(config: dict, design: Design) -> ShiftPrior:
+    """Build the prior that a configuration describes; only this package's classes are known."""
+    sizes = (design.n_targets, config["model"]["n_latent"])
+    (slab, slab_options), (gate, gate_options) = config["slab"], config["gate"]
+    return ShiftPrior(
+        design, SLABS[slab](*sizes, **slab_options), GATES[gate](*sizes, **gate_options)
+    )
+
+
+def _mlp(widths: list[int], norm: Norm, dropout: float, activation: Activation) -> nn.Sequential:
+    layers = []
+    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(n_in, n_out), *_normalisation(norm, n_out)]
+        layers += [nn.LeakyReLU(_LEAK) if activation == "leaky_relu" else nn.ReLU()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers)
+
+
+def _normalisation(norm: Norm, width: int) -> list[nn.Module]:
+    kinds = {
+        "batch": lambda: [nn.BatchNorm1d(width, momentum=0.01, eps=1e-3)],
+        "layer": lambda: [nn.LayerNorm(width)],
+        "none": list,
+    }
+    if norm not in kinds:
+        raise ValueError(f"norm is {norm!r}; expected one of {sorted(kinds)}")
+    return kinds[norm]()
+
+
+def _move_in(path: Path, write: object) -> None:
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    os.replace(temporary, path)

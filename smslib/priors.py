@@ -1,0 +1,345 @@
+r"""The prior of every method: ``z | c ~ N(s(c), I)``, a slab times a gate per target and latent.
+
+.. math:: s(c) = \sum_t D_{ct}\, \gamma_t \odot \mu_t
+
+A method is a cell of a table: how large a shift is (the slab :math:`\mu`) and whether there is one
+(the gate :math:`\gamma`).
+
+=========  ==============  =====================  ============================
+method     slab            gate                   source
+=========  ==============  =====================  ============================
+VAE        none            open                   Lopez et al. 2018
+beta-VAE   none            open                   Higgins et al. 2017
+iVAE       point           open                   Khemakhem et al. 2020
+sVAE       point           L1 penalty             Lachapelle et al. 2022
+sVAE+      point           Beta(1, alpha)         Lopez et al. 2023
+=========  ==============  =====================  ============================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from smslib.data import Design
+from smslib.distributions import Moments, gaussian_log_prob, straight_through_bernoulli
+
+__all__ = [
+    "METHODS",
+    "BetaGate",
+    "FixedGate",
+    "Gate",
+    "L1Gate",
+    "LogitGate",
+    "NoSlab",
+    "OpenGate",
+    "PointSlab",
+    "ShiftPrior",
+    "Slab",
+]
+
+Estimator = Literal["expected", "sampled"]
+_OPEN_LOGIT = 5.0  # sigmoid(5) = .993: the graph starts full, as released
+
+
+class Slab(nn.Module):
+    """How large the shift of each target is when its gate is open: (n_targets, n_latent)."""
+
+    def options(self) -> dict[str, float | str]:
+        """Return what, besides the two sizes, the constructor needs to build it again."""
+        return {}
+
+    def forward(self) -> Float[Tensor, "target latent"]:
+        """Return the shift, in prior standard deviations."""
+        raise NotImplementedError
+
+
+class NoSlab(Slab):
+    """No shift at all: VAE and beta-VAE."""
+
+    def __init__(self, n_targets: int, n_latent: int) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(n_targets, n_latent))
+
+    def forward(self) -> Float[Tensor, "target latent"]:
+        """Return zeros."""
+        return self.zero
+
+
+class PointSlab(Slab):
+    """A free parameter per target and latent: iVAE, sVAE, sVAE+ (paper, Sec. 3.2)."""
+
+    def __init__(self, n_targets: int, n_latent: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.randn(n_targets, n_latent))
+
+    def forward(self) -> Float[Tensor, "target latent"]:
+        """Return the shifts."""
+        return self.mean
+
+
+class Gate(nn.Module):
+    """Whether each target moves each latent: (n_targets, n_latent)."""
+
+    def options(self) -> dict[str, float | str]:
+        """Return what, besides the two sizes, the constructor needs to build it again."""
+        return {}
+
+    def forward(self) -> Float[Tensor, "target latent"]:
+        """Return the probability that the gate is open."""
+        raise NotImplementedError
+
+    def draw(self, target: Int[Tensor, "*index"]) -> Float[Tensor, "*index latent"]:
+        """Return hard gates for the given targets, drawn anew for each index."""
+        return self()[target]
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """Return what sparsity charges, nats over the whole screen."""
+        return torch.zeros(())
+
+
+class FixedGate(Gate):
+    """Gates that are given, not learned (after binarisation)."""
+
+    def __init__(self, n_targets: int, n_latent: int) -> None:
+        super().__init__()
+        self.register_buffer("probability", torch.ones(n_targets, n_latent))
+
+    @classmethod
+    def at(cls, probability: Float[Tensor, "target latent"]) -> FixedGate:
+        """Return gates fixed at the given probabilities."""
+        gate = cls(*probability.shape)
+        gate.probability = probability.detach().clone()
+        return gate
+
+    def forward(self) -> Float[Tensor, "target latent"]:
+        """Return the given gates."""
+        return self.probability
+
+
+class OpenGate(FixedGate):
+    """Gates that are always open: iVAE."""
+
+
+class LogitGate(Gate):
+    """Gates with a free logit each, without any pressure to close (the released iVAE)."""
+
+    def __init__(self, n_targets: int, n_latent: int, *, logit: float = _OPEN_LOGIT) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.full((n_targets, n_latent), logit))
+
+    def forward(self) -> Float[Tensor, "target latent"]:
+        """Return sigmoid(logit)."""
+        return self.logit.sigmoid()
+
+    def draw(self, target: Int[Tensor, "*index"]) -> Float[Tensor, "*index latent"]:
+        """Return straight-through draws, one per index (as released: one per cell and step)."""
+        return straight_through_bernoulli(self.logit[target])
+
+
+class L1Gate(LogitGate):
+    """Gates charged in proportion to their probability: sVAE.
+
+    Parameters
+    ----------
+    strength : float
+        Nats over the screen per unit of gate probability, which makes it comparable with
+        `BetaGate`. The released code adds ``lambda * mean(pi)`` to a loss per cell; the same
+        pressure is ``strength = lambda * n_cells / (n_targets * n_latent)``.
+    """
+
+    def __init__(
+        self, n_targets: int, n_latent: int, *, strength: float, logit: float = _OPEN_LOGIT
+    ) -> None:
+        super().__init__(n_targets, n_latent, logit=logit)
+        self.strength = strength
+
+    def options(self) -> dict[str, float | str]:
+        """Return the strength."""
+        return {"strength": self.strength}
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """Return strength times the expected number of open gates."""
+        return self.strength * self().sum()
+
+
+class BetaGate(LogitGate):
+    r"""Gates :math:`\gamma \sim` Bernoulli(w) with w ~ Beta(1, alpha): sVAE+.
+
+    Parameters
+    ----------
+    alpha : float
+        Sparsity; the prior expects a share 1 / (1 + alpha) of open gates. The paper advises
+        alpha = K, the number of interventions; the released default of 1 is a flat prior.
+    weight : {"tied", "profile", "collapsed"}
+        What becomes of w. ``"tied"`` sets it to the gate's probability, which removes the KL and
+        leaves -log Beta(pi; 1, alpha) (paper, App. B, and the released code). ``"profile"``
+        maximises the ELBO over a free w, at :math:`w = \pi/\alpha`. ``"collapsed"`` integrates w
+        out, which leaves gamma ~ Bernoulli(1 / (1 + alpha)).
+    """
+
+    def __init__(
+        self,
+        n_targets: int,
+        n_latent: int,
+        *,
+        alpha: float,
+        weight: Literal["tied", "profile", "collapsed"] = "tied",
+        logit: float = _OPEN_LOGIT,
+    ) -> None:
+        super().__init__(n_targets, n_latent, logit=logit)
+        self.alpha = alpha
+        self.weight = weight
+
+    def options(self) -> dict[str, float | str]:
+        """Return alpha and the treatment of w."""
+        return {"alpha": self.alpha, "weight": self.weight}
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """Return the sparsity term of the chosen treatment of w."""
+        return {"tied": self._tied, "profile": self._profile, "collapsed": self._collapsed}[
+            self.weight
+        ]().sum()
+
+    def _tied(self) -> Float[Tensor, "target latent"]:
+        return (self.alpha - 1) * functional.softplus(self.logit) - math.log(self.alpha)
+
+    def _profile(self) -> Float[Tensor, "target latent"]:
+        w = self() / self.alpha
+        log_beta = math.log(self.alpha) + (self.alpha - 1) * (-w).log1p()
+        return self._kl(w.log(), (-w).log1p()) - log_beta
+
+    def _collapsed(self) -> Float[Tensor, "target latent"]:
+        p = torch.as_tensor(1 / (1 + self.alpha), dtype=self.logit.dtype)
+        return self._kl(p.log(), (-p).log1p())
+
+    def _kl(self, log_on: Tensor, log_off: Tensor) -> Float[Tensor, "target latent"]:
+        """Return KL(Bernoulli(pi) || Bernoulli(w)), from logits so that no gate saturates."""
+        pi = self()
+        on = pi * (functional.logsigmoid(self.logit) - log_on)
+        return on + (1 - pi) * (functional.logsigmoid(-self.logit) - log_off)
+
+
+class ShiftPrior(nn.Module):
+    """p(z | c) = N(s(c), I): the only place where a model learns what was done to a cell.
+
+    Parameters
+    ----------
+    design : Design
+    slab : Slab
+    gate : Gate
+    """
+
+    def __init__(self, design: Design, slab: Slab, gate: Gate) -> None:
+        super().__init__()
+        self.conditions = design.conditions
+        self.targets = design.targets
+        self.slab = slab
+        self.gate = gate
+        self.register_buffer("dose", design.matrix.clone(), persistent=False)
+        slots = _slots(design.matrix)
+        self.register_buffer("slot_target", slots, persistent=False)
+        slot_dose = torch.gather(design.matrix, 1, slots)
+        self.register_buffer("slot_dose", slot_dose, persistent=False)
+
+    @property
+    def design(self) -> Design:
+        """What was done in each condition."""
+        return Design(self.conditions, self.targets, self.dose)
+
+    def forward(self) -> Moments:
+        """Return mean and variance of every condition's shift, (n_conditions, n_latent) each."""
+        slab, gate = self.slab(), self.gate()
+        spread = slab.square() * (gate - gate.square())
+        return Moments(self.dose @ (gate * slab), self.dose.square() @ spread)
+
+    def of(self, condition: Int[Tensor, " cell"], estimator: Estimator) -> Moments:
+        """Return the moments of each cell's shift, exact or from one straight-through draw."""
+        if estimator == "expected":
+            return self().at(condition)
+        target, dose = self.slot_target[condition], self.slot_dose[condition]
+        effect = self.gate.draw(target) * self.slab()[target]
+        drawn = (dose.unsqueeze(-1) * effect).sum(1)
+        return Moments(drawn, torch.zeros_like(drawn))
+
+    def mode(self, *, threshold: float = 0.5) -> Float[Tensor, "condition latent"]:
+        """Return every condition's shift with each gate either open or shut."""
+        return self.dose @ (self.graph(threshold=threshold) * self.slab())
+
+    def log_prob(
+        self, z: Float[Tensor, "*draw cell latent"], condition: Int[Tensor, " cell"]
+    ) -> Float[Tensor, "*draw cell"]:
+        """Return log p(z | c) at the modal graph, nats."""
+        return gaussian_log_prob(z, self.mode()[condition], 1.0)
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """Return everything that is charged once per screen, nats."""
+        return self.gate.penalty().to(self.dose)
+
+    def graph(self, *, threshold: float = 0.5) -> Bool[Tensor, "target latent"]:
+        """Return the estimated mechanism graph: edges more probable than ``threshold``."""
+        return self.gate() > threshold
+
+    def probabilities(self) -> Float[np.ndarray, "target latent"]:
+        """Return the probability of every edge."""
+        return self.gate().detach().cpu().numpy()
+
+
+def _slots(matrix: Float[Tensor, "condition target"]) -> Int[Tensor, "condition slot"]:
+    """Return the targets of each condition, padded to the longest combination.
+
+    Padding points at targets of dose zero, so that it adds nothing.
+    """
+    n_slots = max(1, int((matrix != 0).sum(1).max()))
+    return (matrix != 0).int().argsort(dim=1, descending=True, stable=True)[:, :n_slots]
+
+
+def _shift_free(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
+    _refuse_sparsity(sparsity)
+    return NoSlab(n_targets, n_latent), OpenGate(n_targets, n_latent)
+
+
+def _ivae(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
+    _refuse_sparsity(sparsity)
+    return PointSlab(n_targets, n_latent), OpenGate(n_targets, n_latent)
+
+
+def _svae(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
+    strength = 10.0 if sparsity is None else sparsity
+    return PointSlab(n_targets, n_latent), L1Gate(n_targets, n_latent, strength=strength)
+
+
+def _svae_plus(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
+    alpha = float(n_targets) if sparsity is None else sparsity
+    return PointSlab(n_targets, n_latent), BetaGate(n_targets, n_latent, alpha=alpha)
+
+
+def _refuse_sparsity(sparsity: float | None) -> None:
+    if sparsity is not None:
+        raise ValueError(
+            f"sparsity is {sparsity}, but this method has no sparse gates; leave it out or use "
+            "'svae' or 'svae+'"
+        )
+
+
+SLABS = MappingProxyType({kind.__name__: kind for kind in (NoSlab, PointSlab)})
+GATES = MappingProxyType(
+    {kind.__name__: kind for kind in (OpenGate, FixedGate, LogitGate, L1Gate, BetaGate)}
+)
+METHODS: Mapping[str, Callable[[int, int, float | None], tuple[Slab, Gate]]] = MappingProxyType(
+    {
+        "vae": _shift_free,
+        "beta-vae": _shift_free,
+        "ivae": _ivae,
+        "svae": _svae,
+        "svae+": _svae_plus,
+    }
+)

@@ -1,0 +1,288 @@
+"""Fitting: one visible loop, on data that live on the device as tensors."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from smslib.data import Cells, minibatches, seeded
+from smslib.model import SMSVAE, Terms
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["History", "TrainConfig", "fit", "objective"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that changes a fit, besides the model and the cells.
+
+    Parameters
+    ----------
+    epochs : int
+        At most; early stopping may end the fit before.
+    batch_size : int
+    learning_rate : float
+        Of Adam.
+    schedule : {"cosine", "constant"}
+        Cosine goes from ``learning_rate`` to zero over all the steps.
+    adam_eps, weight_decay : float
+        Of Adam. The released code inherits 0.01 and 1e-6; with that eps Adam is not scale-free.
+    beta : float
+        Weight of the KL term.
+    warmup_epochs : int
+        Epochs over which the weight of the KL term rises from zero to ``beta``.
+    warm_penalty : bool
+        Whether the sparsity term is warmed up as well (as released for sVAE+).
+    loss_scale : {"cell", "screen"}
+        Loss per cell, or summed over the screen (as released for sVAE+, not for its baselines);
+        it matters only through ``adam_eps`` and ``weight_decay``.
+    patience : int, optional
+        Epochs without a better validation ELBO after which the fit stops.
+    keep : {"best", "last"}
+        Weights kept at the end; "best" needs validation cells. The released code keeps the last.
+    max_grad_norm : float, optional
+        Gradients are clipped to this norm.
+    seed : int
+        Of batches and draws. The initial weights have their own seed, in `SMSVAE.preset`.
+    """
+
+    epochs: int = 300
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    beta: float = 1.0
+    warmup_epochs: int = 10
+    warm_penalty: bool = True
+    loss_scale: Literal["cell", "screen"] = "cell"
+    patience: int | None = None
+    keep: Literal["best", "last"] = "best"
+    max_grad_norm: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class History:
+    """What happened, epoch by epoch; ELBO and its terms in nats per cell, higher is better."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int | None = None
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per epoch."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows).set_index("epoch")
+
+
+def objective(
+    terms: Terms, *, n_cells: int, kl_weight: float = 1.0, penalty_weight: float = 1.0
+) -> Float[Tensor, ""]:
+    """Return the negative ELBO per cell, nats: the screen's penalty is shared by ``n_cells``."""
+    per_cell = (kl_weight * terms.kl - terms.reconstruction).mean()
+    return per_cell + penalty_weight * terms.penalty / n_cells
+
+
+def fit(
+    model: SMSVAE,
+    cells: Cells,
+    config: TrainConfig | None = None,
+    *,
+    validation: Cells | None = None,
+    progress: bool = True,
+) -> History:
+    """Maximise the ELBO with Adam; this changes ``model`` in place.
+
+    Parameters
+    ----------
+    model : SMSVAE
+    cells : Cells
+        Training cells, on the device of the model.
+    config : TrainConfig, optional
+    validation : Cells, optional
+        Same conditions, other cells: for early stopping and for the choice of the best weights.
+    progress : bool
+        Show a bar when the session is interactive.
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    ValueError
+        If cells and model disagree in device, genes or conditions; counts are not finite; or
+        ``patience`` is given without validation cells.
+    FloatingPointError
+        At the first loss that is not finite; the term that broke is named.
+    """
+    config = config or TrainConfig()
+    for name, part in (("cells", cells), ("validation", validation)):
+        if part is not None:
+            _check(model, part, name)
+    if config.patience is not None and validation is None:
+        raise ValueError(
+            "patience is set but there are no validation cells; pass validation= or patience=None"
+        )
+    with seeded(config.seed):
+        history = _loop(model, cells, config, validation, progress)
+    model.eval()
+    return history
+
+
+def _loop(
+    model: SMSVAE, cells: Cells, config: TrainConfig, validation: Cells | None, progress: bool
+) -> History:
+    optimizer = torch.optim.Adam(
+        model.parameters(),
+        lr=config.learning_rate,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    order = torch.Generator().manual_seed(config.seed)
+    history, best = History(), _Best(config)
+    bar = tqdm(range(config.epochs), disable=None if progress else True, leave=False, unit="epoch")
+    for epoch in bar:
+        start = time.perf_counter()
+        row = {"epoch": epoch, **_epoch(model, cells, config, optimizer, order, epoch)}
+        if validation is not None:
+            row |= _validate(model, validation, config)
+            best.update(epoch, row["validation_elbo"], model)
+        history.rows.append(row | {"seconds": time.perf_counter() - start})
+        bar.set_postfix(elbo=f"{row.get('validation_elbo', row['elbo']):.2f}")
+        if best.exhausted(epoch):
+            break
+    history.best_epoch = best.restore(model)
+    return history
+
+
+def _epoch(
+    model: SMSVAE,
+    cells: Cells,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    order: torch.Generator,
+    epoch: int,
+) -> dict[str, float]:
+    """Visit every training cell once; return the means of the terms."""
+    model.train()
+    n_cells, n_steps = len(cells), math.ceil(len(cells) / config.batch_size)
+    warm = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+    weights = {
+        "kl_weight": config.beta * warm,
+        "penalty_weight": warm if config.warm_penalty else 1.0,
+    }
+    scale = n_cells if config.loss_scale == "screen" else 1
+    seen = []
+    batches = minibatches(cells, config.batch_size, generator=order, smallest=min(3, n_cells))
+    for step, batch in enumerate(batches):
+        _set_rate(optimizer, config, epoch + step / n_steps)
+        terms = model(batch)
+        optimizer.zero_grad(set_to_none=True)
+        (scale * objective(terms, n_cells=n_cells, **weights)).backward()
+        if config.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        means = (terms.reconstruction.mean(), terms.kl.mean(), terms.penalty / n_cells)
+        seen.append(torch.stack([value.detach() for value in means]))
+    return _summary(torch.stack(seen), epoch)
+
+
+def _summary(steps: Float[Tensor, "step term"], epoch: int) -> dict[str, float]:
+    """Return epoch means, or name the first term that was not finite.
+
+    The check waits for the end of the epoch, so that a GPU is not asked for a number every step.
+    """
+    names = ("reconstruction", "kl", "penalty")
+    broken = (~steps.isfinite()).nonzero()
+    if len(broken):
+        step, term = broken[0].tolist()
+        raise FloatingPointError(
+            f"the {names[term]} term became {steps[step, term].item()} in epoch {epoch}, step "
+            f"{step}; try a smaller learning_rate or max_grad_norm"
+        )
+    reconstruction, kl, penalty = steps.mean(0).tolist()
+    elbo = reconstruction - kl - penalty
+    return {"reconstruction": reconstruction, "kl": kl, "penalty": penalty, "elbo": elbo}
+
+
+@torch.no_grad()
+def _validate(model: SMSVAE, validation: Cells, config: TrainConfig) -> dict[str, float]:
+    """Return the ELBO of the validation cells without the penalty, under the same draws always."""
+    model.eval()
+    total = torch.zeros(2, device=validation.device)
+    with seeded(config.seed):
+        for batch in minibatches(validation, 1024):
+            terms = model(batch)
+            total += torch.stack([terms.reconstruction.sum(), terms.kl.sum()])
+    reconstruction, kl = (total / len(validation)).tolist()
+    return {
+        "validation_reconstruction": reconstruction,
+        "validation_kl": kl,
+        "validation_elbo": reconstruction - kl,
+    }
+
+
+class _Best:
+    """The best weights so far, by validation ELBO."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.epoch: int | None = None
+        self.elbo = -math.inf
+        self.state: dict[str, Tensor] | None = None
+
+    def update(self, epoch: int, elbo: float, model: SMSVAE) -> None:
+        if elbo > self.elbo:
+            self.epoch, self.elbo = epoch, elbo
+            if self.config.keep == "best":
+                self.state = copy.deepcopy(model.state_dict())
+
+    def exhausted(self, epoch: int) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.epoch is not None and epoch - self.epoch >= patience
+
+    def restore(self, model: SMSVAE) -> int | None:
+        if self.state is not None:
+            model.load_state_dict(self.state)
+        return self.epoch
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, epochs_done: float) -> None:
+    if config.schedule == "cosine":
+        share = epochs_done / config.epochs
+        rate = 0.5 * config.learning_rate * (1 + math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def _check(model: SMSVAE, cells: Cells, name: str) -> None:
+    """Refuse cells that do not fit the model."""
+    if cells.device != model.device:
+        raise ValueError(
+            f"{name} are on {cells.device}, the model on {model.device}; move one with .to(...)"
+        )
+    if cells.n_genes != model.n_genes:
+        raise ValueError(f"{name} have {cells.n_genes} genes, the model {model.n_genes}")
+    n_conditions = len(model.prior.conditions)
+    if len(cells) == 0:
+        raise ValueError(f"{name} are empty; expected at least one cell")
+    if int(cells.condition.max()) >= n_conditions or int(cells.condition.min()) < 0:
+        raise ValueError(
+            f"{name} have conditions up to row {int(cells.condition.max())}, but the model's "
+            f"design has {n_conditions}; build the model with the design of these cells"
+        )
+    if not bool(cells.counts.isfinite().all()):
+        raise ValueError(f"{name} have counts that are not finite; read them with from_anndata")
