@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -253,7 +253,9 @@ def split_cells(cells: Cells, fractions: Sequence[float], *, seed: int) -> tuple
     """
     shares = np.asarray(fractions, dtype=float)
     if (shares <= 0).any() or not np.isclose(shares.sum(), 1.0):
-        raise ValueError(f"fractions are {list(fractions)}; expected positive shares that sum to 1")
+        raise ValueError(
+            f"fractions are {list(fractions)}; expected positive shares that sum to 1"
+        )
     rng = np.random.default_rng(seed)
     condition = cells.condition.cpu().numpy()
     part = np.empty(len(cells), dtype=np.int64)
@@ -276,13 +278,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.4)
-    return f"; nearest known: {near}" if near else f"; known: {[str(k) for k in known][:10]}"
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = [str(k) for k in known]
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
+    return f"; nearest known: {near}" if near else f"; known: {names[:10]}"
 
 
-def _refuse_repeats(what: str, names: Sequence[str]) -> None:
-    unique, times = np.unique(np.asarray(names, dtype=str), return_counts=True)
+def _refuse_repeats(what: str, names: Iterable[str]) -> None:
+    unique, times = np.unique(np.array(list(names), dtype=str), return_counts=True)
     if (times > 1).any():
         raise ValueError(
             f"{what} are not unique: {unique[times > 1][:3].tolist()} repeat; "
@@ -348,9 +351,10 @@ def _check_counts(
         )
     empty = np.asarray(counts.sum(1)).ravel() == 0
     if empty.any():
+        first = adata.obs_names[int(empty.argmax())]
         raise ValueError(
-            f"{int(empty.sum())} cells have no UMIs, first {adata.obs_names[int(empty.argmax())]!r}"
-            "; remove them (scanpy.pp.filter_cells(adata, min_counts=1))"
+            f"{int(empty.sum())} cells have no UMIs, first {first!r}; remove them "
+            "(scanpy.pp.filter_cells(adata, min_counts=1))"
         )
 
 
