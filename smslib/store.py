@@ -1,0 +1,312 @@
+"""Results on disk, each with its provenance.
+
+An experiment is one file, ``<root>/<experiment>.json``, of two parts: ``values`` (flat: key to
+number, string or list) and ``provenance`` (commit, versions, device, seconds, ...). Pages of the
+book read numbers from there and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["Stored", "get", "measure", "plain", "put", "read_json", "write_json", "write_text"]
+
+DIGITS = 6
+
+
+class Stored(dict[str, Any]):
+    """The values of an experiment, by key.
+
+    Parameters
+    ----------
+    experiment : str
+    values : dict
+        Key to number, string, bool, None or a list of them.
+    provenance : dict
+        What `measure` recorded.
+    """
+
+    def __init__(
+        self, experiment: str, values: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> None:
+        super().__init__(values)
+        self.experiment = experiment
+        self.provenance = provenance
+
+    def __missing__(self, key: str) -> NoReturn:
+        """Raise a KeyError that lists the nearest keys."""
+        raise KeyError(f"no {key!r} in {self.experiment!r}{_nearest(key, self)}")
+
+
+def put(
+    experiment: str,
+    values: Mapping[str, Any],
+    *,
+    root: str | Path,
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Store the values of an experiment, replacing older ones in one step.
+
+    Parameters
+    ----------
+    experiment : str
+        File name without suffix.
+    values : dict
+        Flat: numbers (numpy's included), strings, bools, None, lists and arrays of them. Floats
+        keep six significant digits; NaN and infinities become null, which JSON can hold.
+    root : path
+        The folder; made if absent.
+    provenance : dict
+        From `measure`.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    TypeError
+        If a value is not of these kinds.
+    ValueError
+        If the provenance is empty or a value is nested.
+    """
+    if not provenance:
+        raise ValueError(
+            f"experiment {experiment!r} comes without provenance; compute it inside "
+            "`with store.measure() as provenance:` and pass it on after the block"
+        )
+    nested = [key for key, value in values.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ValueError(
+            f"values of {experiment!r} are nested under {nested[:3]}; expected a flat dict, with "
+            "keys such as 'svae+.mcc'"
+        )
+    return write_json(
+        Path(root) / f"{experiment}.json",
+        {"values": plain(values), "provenance": plain(provenance)},
+    )
+
+
+def get(experiment: str, *, root: str | Path) -> Stored:
+    """Read the values of an experiment.
+
+    Parameters
+    ----------
+    experiment : str
+    root : path
+
+    Returns
+    -------
+    Stored
+        The values, with ``.provenance``.
+
+    Raises
+    ------
+    KeyError
+        If the experiment is not stored; the nearest names are listed.
+    ValueError
+        If the file is not JSON.
+    """
+    path = Path(root) / f"{experiment}.json"
+    if not path.exists():
+        known = sorted(file.stem for file in path.parent.glob("*.json"))
+        raise KeyError(f"no experiment {experiment!r} in {root}{_nearest(experiment, known)}")
+    return Stored(experiment, **read_json(path))
+
+
+@contextlib.contextmanager
+def measure(
+    *, seeds: Sequence[int] = (), command: str = "", device: str = "cpu"
+) -> Iterator[dict[str, Any]]:
+    """Record where, when and at what cost a block runs.
+
+    Parameters
+    ----------
+    seeds : sequence of int
+        Seeds that the block uses, for the record.
+    command : str
+        How to repeat the block, for the record.
+    device : str
+        torch's name of the device that computes.
+
+    Yields
+    ------
+    dict
+        ``commit`` (None outside git), ``dirty`` (a Python file differs from the commit),
+        ``python``, ``torch``, ``numpy``, ``smslib`` (versions), ``device`` (the model's name),
+        ``n_cpu``, ``threads`` (torch's), ``date`` (UTC, to the second), ``seeds``, ``command``. On
+        exit also ``wall_seconds``, ``cpu_seconds`` (all threads of this process) and
+        ``peak_memory_mb`` (MB, the largest resident size of this process so far; on a GPU, of its
+        allocations).
+    """
+    provenance = {"seeds": list(seeds), "command": command, **_surroundings(device)}
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield provenance
+    finally:
+        provenance["wall_seconds"] = time.perf_counter() - wall
+        provenance["cpu_seconds"] = time.process_time() - cpu
+        provenance["peak_memory_mb"] = _peak_memory_mb(device)
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    """Return a value as JSON holds it: no numpy, six significant digits, null for non-finite.
+
+    Parameters
+    ----------
+    value : dict, list, tuple, array, number, str, bool or None
+
+    Returns
+    -------
+    dict, list, int, float, str, bool or None
+
+    Raises
+    ------
+    TypeError
+        If the value, or one inside it, is of another kind.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise TypeError(
+        f"cannot store {value!r} ({type(value).__name__}); expected numbers, strings, None, "
+        "lists, dicts or arrays"
+    )
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file.
+
+    Raises
+    ------
+    ValueError
+        If the file is not JSON; it is named.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); delete it and compute it again"
+        ) from error
+
+
+def write_json(path: str | Path, payload: Mapping[str, Any]) -> Path:
+    """Write JSON with sorted keys, whole or not at all; return the path."""
+    text = json.dumps(payload, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    return write_text(path, text + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file, whole or not at all; return the path.
+
+    The text goes to a file beside the target, which then takes its place: a reader sees the old
+    file or the new one, and a crash leaves the old one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"; nearest: {near}" if near else f"; known: {list(known)[:10]}"
+
+
+def _surroundings(device: str) -> dict[str, Any]:
+    """Describe code, software and machine."""
+    import torch
+
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", ":(top,glob)**/*.py")),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "numpy", "smslib")},
+        "device": _device_name(device),
+        "n_cpu": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    """Return the version of an installed package; None for one imported from a bare folder."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Ask git about the repository that holds this package; None where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _device_name(device: str) -> str:
+    """Name the model of a CPU or GPU."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _linux("cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def _peak_memory_mb(device: str) -> float:
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    # Where Linux tells, believe it: a child's ru_maxrss starts at the size of its parent.
+    kibibytes = _linux("self/status", "VmHWM")
+    if kibibytes:
+        return float(kibibytes.split()[0]) * 1.024e-3
+    import resource  # not on Windows
+
+    per_unit = 1e-6 if platform.system() == "Darwin" else 1.024e-3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_unit
+
+
+def _linux(file: str, key: str) -> str | None:
+    """Return the first entry of a name in a file of /proc; None where there is none."""
+    path = Path("/proc") / file
+    if not path.exists():
+        return None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return None
