@@ -16,10 +16,10 @@ import sys
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -193,10 +193,10 @@ def fetch(name: str, *, directory: str | os.PathLike[str] | None = None) -> Path
 
 
 def available(name: str, *, directory: str | os.PathLike[str] | None = None) -> bool:
-    """Say whether `fetch` would succeed, without downloading and without raising.
+    """Say whether a source is on disk or can be downloaded, without doing so or raising.
 
-    Looks for a file with the right checksum, else asks the source's address and waits at most
-    five seconds for an answer.
+    True if a file with the right checksum is there; a file with another one is not looked
+    beyond. Without a file the source's address is asked, with five seconds to answer.
     """
     try:
         source = _source(name)
@@ -237,11 +237,11 @@ def _verify(path: Path, source: Source, *, kept: Path) -> None:
 
 
 def _download(source: Source, path: Path) -> None:
-    """Download to a temporary file beside ``path``, verify it, and move it into place."""
-    with _temporary(source, path) as (file, temporary):
+    """Download beside ``path``, verify, and only then move into place."""
+    with _scratch(source, path) as temporary:
         try:
             with _open_url(source.url, patience=_PATIENCE) as response:
-                received = _copy(response, file, source)
+                received = _copy(response, temporary, source)
         except (ValueError, OSError, http.client.HTTPException) as error:
             raise ConnectionError(_put_it_there(source, path, str(error))) from error
         if received < source.bytes:
@@ -252,21 +252,18 @@ def _download(source: Source, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(source: Source, path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """Open a temporary file in the folder of ``path``; it is gone afterwards unless moved."""
+def _scratch(source: Source, path: Path) -> Iterator[Path]:
+    """Lend a path on the same file system as ``path``; what is left there is deleted."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-")
     except OSError as error:
         raise ConnectionError(
             f"{source.filename} is not in {path.parent}, which cannot be written to "
             f"({error.strerror}); set SMS_DATA_DIR to a folder of yours"
         ) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file, Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with folder:
+        yield Path(folder.name) / path.name
 
 
 def _open_url(url: str, *, patience: float) -> Any:  # noqa: ANN401 (http and file answers differ)
@@ -289,21 +286,21 @@ def _check_scheme(url: str) -> None:
         raise ValueError(f"{url} is not one of {_SCHEMES}")
 
 
-def _copy(response: BinaryIO, file: BinaryIO, source: Source) -> int:
-    """Copy to disk with a progress bar (silent unless on a terminal); return the bytes."""
+def _copy(
+    response: Any,  # noqa: ANN401 (http and file answers differ)
+    path: Path,
+    source: Source,
+) -> int:
+    """Write an answer to disk with a progress bar (on a terminal only); return its bytes."""
     from tqdm import tqdm
 
-    received = 0
-    with tqdm(
-        total=source.bytes, desc=source.filename, unit="B", unit_scale=True, disable=None
-    ) as bar:
+    bar = tqdm(total=source.bytes, desc=source.filename, unit="B", unit_scale=True, disable=None)
+    with path.open("wb") as file, bar:
         while chunk := response.read(_CHUNK):
-            file.write(chunk)
-            received += len(chunk)
-            bar.update(len(chunk))
-    file.flush()
-    os.fsync(file.fileno())
-    return received
+            bar.update(file.write(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    return path.stat().st_size
 
 
 def _put_it_there(source: Source, path: Path, reason: str) -> str:
@@ -380,7 +377,7 @@ def _parse_rda(path: Path) -> Mapping[str, Any]:
 def _r_sparse(
     slots: Any,  # noqa: ANN401 (an S4 object: a bag of slots)
     _attributes: Mapping[str, Any] | None = None,
-) -> tuple[sparse.coo_matrix | sparse.csc_matrix, Sequence[str] | None]:
+) -> tuple[sparse.coo_matrix | sparse.csc_matrix, Iterable[str] | None]:
     """Turn a dgTMatrix (i, j, x) or dgCMatrix (i, p, x) of R's Matrix into scipy and row names."""
     from scipy import sparse
 
@@ -400,7 +397,7 @@ def _umis(matrix: sparse.csr_matrix, what: str) -> sparse.csr_matrix:
     return whole
 
 
-def _named(names: Sequence[str], axis: str) -> pd.DataFrame:
+def _named(names: Iterable[str], axis: str) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame(index=pd.Index([str(name) for name in names], name=axis))
@@ -412,7 +409,7 @@ def _numbered_cells(replicate: pd.Series) -> pd.DataFrame:
     return frame.assign(replicate=replicate.astype(str).astype("category").array)
 
 
-def _guide_targets(table: pd.DataFrame, guides: Sequence[str]) -> pd.DataFrame:
+def _guide_targets(table: pd.DataFrame, guides: Iterable[str]) -> pd.DataFrame:
     """Return each guide's target, in the order of the guide matrix."""
     frame = _named(guides, "guide")
     target = dict(zip(table["grna_id"].astype(str), table["grna_target"].astype(str), strict=True))
