@@ -1,0 +1,73 @@
+# Everything runs in .venv, made from requirements.lock. `make` alone lists the targets.
+
+PYTHON ?= python3
+# Where torch's small CPU build comes from; `make book TORCH_INDEX=` takes the default build (CUDA on Linux).
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+PIPELINE := PYTHONPATH=book $(PY) -m pipeline
+READY := .venv/.ready
+# Numbers must not depend on how many cores happen to be free.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONHASHSEED=0
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help book test html notebooks full lint clean distclean lock
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name does; \
+	do printf '  make %-10s %s\n' "$$name" "$$does"; done
+
+book: $(READY) ## Run the notebooks (quick profile) and render the book to _build/html
+	@$(PIPELINE) execute --profile quick
+	@$(PIPELINE) html --profile quick
+
+test: $(READY) lint ## Check everything: style, stored outputs, package, rendered book
+	$(ONE_THREAD) $(PY) -m pytest --nbval --nbval-cell-timeout 600 -W default -n 2 --dist loadgroup -q notebooks
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup --cov --cov-report=term tests
+
+html: $(READY) ## Render the committed outputs, running nothing
+	@$(PIPELINE) html
+
+notebooks: $(READY) ## Run the notebooks (quick profile) and refresh the committed outputs
+	@$(PIPELINE) refresh
+
+full: $(READY) ## Run the notebooks at full size on the best device, refresh book/results, render
+	@$(PIPELINE) execute --profile full
+	@$(PIPELINE) html --profile full
+
+lint: $(READY) ## Check the style of the code
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean: ## Remove everything built, keep .venv
+	rm -rf _build build .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
+
+distclean: clean ## Remove .venv too
+	rm -rf .venv
+
+lock: ## Rewrite requirements.lock from a fresh environment with the newest versions allowed
+	rm -rf _build/lock
+	$(PYTHON) -m venv _build/lock
+	$(call install_torch,_build/lock/bin/python -m pip,)
+	_build/lock/bin/python -m pip install --quiet -e '.[book,test]'
+	( sed '/^[^#]/d' requirements.lock; \
+	  _build/lock/bin/python -m pip list --format=freeze --exclude pip --exclude smslib | sed 's/+[a-z0-9.]*$$//' ) > _build/requirements.lock
+	mv _build/requirements.lock requirements.lock
+
+# Only torch itself comes from TORCH_INDEX, its dependencies from the usual place. Where that index
+# does not answer, pip's other sources and then the full installation below find torch.
+define install_torch
+	@if [ -n "$(TORCH_INDEX)" ]; then \
+	  $(1) install --quiet --no-deps --retries 0 --timeout 10 --index-url "$(TORCH_INDEX)" $(2) torch \
+	  || echo "No CPU build of torch at $(TORCH_INDEX): taking the default one."; fi
+endef
+
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "smslib needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -1). Say which: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	$(call install_torch,$(PIP),-c requirements.lock)
+	$(PIP) install --quiet -c requirements.lock -e '.[book,test]'
+	@touch $@

@@ -1,0 +1,60 @@
+"""Command line of the pipeline: ``python -m pipeline execute|refresh|html``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.execute import NotebookFailed, execute_all
+from pipeline.refresh import refresh
+from pipeline.render import RenderFailed, render
+from pipeline.stage import stage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _execute(arguments: argparse.Namespace) -> None:
+    execute_all(ROOT, arguments.profile or "quick", report=_say, force=arguments.force)
+
+
+def _refresh(arguments: argparse.Namespace) -> None:
+    execute_all(ROOT, "quick", report=_say, require_data=True, force=arguments.force)
+    _say(f"refreshed: {', '.join(refresh(ROOT)) or 'nothing, all as committed'}")
+
+
+def _html(arguments: argparse.Namespace) -> None:
+    source = ROOT / "_build" / "src"
+    stage(ROOT, source, arguments.profile)
+    _say(f"open {render(source, ROOT)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pipeline", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    for name, action in (("execute", _execute), ("refresh", _refresh), ("html", _html)):
+        command = commands.add_parser(name)
+        command.set_defaults(action=action)
+        if name != "refresh":
+            command.add_argument("--profile", choices=("quick", "full"), default=None)
+        if name != "html":
+            command.add_argument("--force", action="store_true", help="run what is up to date too")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return 1 with the reason on stderr when a page fails."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        chosen.action(chosen)
+    except (NotebookFailed, RenderFailed) as failure:
+        sys.stderr.write(f"{failure}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

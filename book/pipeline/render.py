@@ -1,0 +1,47 @@
+"""Render staged sources with Jupyter Book; every warning is an error, every time."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# The console script may be unusable where the checkout's path has spaces or has moved.
+_JUPYTER_BOOK = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
+_FLAGS = ("--warningiserror", "--nitpick", "--keep-going", "--quiet")
+_PROBLEM = re.compile(r"\b(WARNING|ERROR|CRITICAL|Error)\b")
+_TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class RenderFailed(RuntimeError):
+    """The book has warnings or errors; the message lists them and names the log."""
+
+
+def render(source: Path, output: Path) -> Path:
+    """Render ``source`` into ``output/_build/html`` and return the path of the first page.
+
+    Raises
+    ------
+    RenderFailed
+        On any warning. The cache is then dropped, because Sphinx repeats a warning only for
+        pages it reads again: a second run would call the same book clean.
+    """
+    build = output.resolve() / "_build"
+    build.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", _JUPYTER_BOOK, "build", ".", *_FLAGS]
+    command += ["--path-output", str(output.resolve())]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    log = build / "render.log"
+    log.write_text(done.stdout + done.stderr)
+    if done.returncode != 0:
+        shutil.rmtree(build / ".doctrees", ignore_errors=True)
+        message = f"the book does not render cleanly:\n{problems(done.stderr)}\nlog in {log}"
+        raise RenderFailed(message)
+    return build / "html" / "index.html"
+
+
+def problems(log: str) -> str:
+    """Return the lines of a renderer's log that report a problem, without its traceback."""
+    reported = _TERMINAL_COLOUR.sub("", log).partition("Traceback (most recent call last)")[0]
+    found = [line for line in reported.splitlines() if _PROBLEM.search(line)]
+    return "\n".join(found) or _TERMINAL_COLOUR.sub("", log).strip()[-2000:]
