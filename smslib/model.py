@@ -158,6 +158,31 @@ class SMSVAE(nn.Module):
         log_rate = self.genes(self.decoder(z)).log_softmax(-1)
         return NegativeBinomial(log_rate + library.log(), self.log_theta)
 
+    def log_likelihood(
+        self, z: Float[Tensor, "draw cell latent"], cells: Cells
+    ) -> Float[Tensor, "draw cell"]:
+        r"""Return log p(x | z) of every draw and cell, nats: ``decode(z).log_prob`` made fast.
+
+        .. math::
+            \sum_g x_g \log\tfrac{\mu_g}{\theta_g}
+            - (x_g + \theta_g) \log(1 + \tfrac{\mu_g}{\theta_g})
+            + \log\tfrac{\Gamma(x_g + \theta_g)}{\Gamma(\theta_g) x_g!}
+
+        The first sum is linear in the last hidden layer, so the genes are summed out before the
+        draws are made; the last term depends on no draw. Two transcendental functions per draw,
+        cell and gene remain. Not differentiable: it works in place.
+        """
+        x, library = cells.counts, cells.library.squeeze(-1)
+        theta, offset = self.log_theta.exp(), self.genes.bias - self.log_theta
+        hidden = self.decoder(z)
+        logits = nn.functional.linear(hidden, self.genes.weight, offset)
+        linear = _dot(hidden, x @ self.genes.weight) + x @ offset
+        top = logits.amax(-1)
+        odds = logits.sub_(top.unsqueeze(-1)).exp_()
+        scale = library / (odds @ theta)
+        spread = _dot(odds.mul_(scale.unsqueeze(-1)).log1p_(), x + theta)
+        return linear + library * (scale.log() - top) - spread + _log_binomial(x, theta)
+
     def forward(self, cells: Cells) -> Terms:
         """Return the terms of the ELBO (paper, eq. 12) at one draw of z per cell."""
         q = self.encode(cells.counts)
@@ -241,6 +266,24 @@ def _normalisation(norm: Norm, width: int) -> list[nn.Module]:
     if norm not in kinds:
         raise ValueError(f"norm is {norm!r}; expected one of {sorted(kinds)}")
     return kinds[norm]()
+
+
+def _dot(
+    draws: Float[Tensor, "draw cell n"], weights: Float[Tensor, "cell n"]
+) -> Float[Tensor, "draw cell"]:
+    return torch.bmm(draws.transpose(0, 1), weights.unsqueeze(-1)).squeeze(-1).T
+
+
+def _log_binomial(
+    x: Float[Tensor, "cell gene"], theta: Float[Tensor, " gene"]
+) -> Float[Tensor, " cell"]:
+    """Return the sum over genes of log Gamma(x + theta) / (Gamma(theta) x!).
+
+    In double precision, because the two Gammas all but cancel when theta is large.
+    """
+    wide = x.double(), theta.double()
+    terms = torch.lgamma(sum(wide)) - torch.lgamma(wide[1]) - torch.lgamma(wide[0] + 1)
+    return terms.sum(-1).to(x)
 
 
 def _move_in(path: Path, write: object) -> None:
