@@ -155,7 +155,7 @@ class SMSVAE(nn.Module):
         self, z: Float[Tensor, "*draw cell latent"], library: Float[Tensor, "cell 1"]
     ) -> NegativeBinomial:
         """Return p(x | z, library); it takes no condition, by design."""
-        log_rate = self.genes(self.decoder(z)).log_softmax(-1)
+        log_rate = self.genes(self._hidden(z)).log_softmax(-1)
         return NegativeBinomial(log_rate + library.log(), self.log_theta)
 
     def log_likelihood(
@@ -174,7 +174,7 @@ class SMSVAE(nn.Module):
         """
         x, library = cells.counts, cells.library.squeeze(-1)
         theta, offset = self.log_theta.exp(), self.genes.bias - self.log_theta
-        hidden = self.decoder(z)
+        hidden = self._hidden(z)
         logits = nn.functional.linear(hidden, self.genes.weight, offset)
         linear = _dot(hidden, x @ self.genes.weight) + x @ offset
         top = logits.amax(-1)
@@ -192,6 +192,10 @@ class SMSVAE(nn.Module):
         reconstruction = x_given_z.log_prob(cells.counts).sum(-1)
         kl = kl_to_shifted_normal(q.mean, q.variance, shift).sum(-1)
         return Terms(reconstruction, kl, self.prior.penalty())
+
+    def _hidden(self, z: Float[Tensor, "*draw cell latent"]) -> Float[Tensor, "*draw cell n"]:
+        """Return the decoder's last hidden layer; batch normalisation wants two dimensions."""
+        return self.decoder(z.reshape(-1, z.shape[-1])).reshape(*z.shape[:-1], -1)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
