@@ -40,10 +40,9 @@ class NotebookFile(IPyNbFile):
     """A notebook whose cells are compared within tolerances."""
 
     def collect(self) -> Iterator[pytest.Item]:
-        """Yield one test per code cell, all in one worker and in order."""
+        """Yield one test per code cell."""
         cells = list(super().collect())
         absent = pages.missing_data(self.nb)
-        group = pytest.mark.xdist_group(self.path.stem)
         if not any(item.cell.outputs for item in cells):
             message = f"{self.path.name} holds no output at all: run `make notebooks`"
             raise self.CollectError(message)
@@ -51,7 +50,6 @@ class NotebookFile(IPyNbFile):
             ours = NotebookCell.from_parent(
                 self, name=item.name, cell_num=item.cell_num, cell=item.cell, options=item.options
             )
-            ours.add_marker(group)
             if absent:
                 ours.add_marker(pytest.mark.skip(reason=f"data not available: {absent}"))
             yield ours

@@ -70,7 +70,8 @@ def _notebook_metadata(metadata: NotebookNode) -> NotebookNode:
     if "language_info" in kept:
         kept.language_info = NotebookNode(name=kept.language_info.get("name", "python"))
     if "jupytext" in kept:
-        kept.jupytext.get("text_representation", {}).pop("jupytext_version", None)
+        # The text says how it is written; in the notebook jupytext would drop it at the next sync.
+        kept.jupytext.pop("text_representation", None)
     return kept
 
 

@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import jupytext
+from jupytext.config import load_jupytext_config
+from nbformat import NotebookNode
+
 from pipeline import files, pages
 from pipeline.execute import Page
 
@@ -9,14 +13,27 @@ from pipeline.execute import Page
 def refresh(root: Path) -> list[str]:
     """Copy the quick profile's executed notebooks over the committed ones, where they differ.
 
+    The texts are brought to the form that `jupytext --sync` gives them, so that a later sync
+    changes neither half.
+
     Returns
     -------
     list of str
-        Names of the notebooks that changed.
+        Names of the files that changed.
     """
     changed = []
     for source in pages.sources(root):
         page = Page(root, source, "quick")
-        if files.write_if_changed(page.committed, page.executed.read_bytes()):
-            changed.append(page.committed.name)
+        executed = page.executed.read_bytes()
+        text = canonical_text(pages.read_executed(page.executed), source)
+        # The notebook last: a sync takes the newer half as the source.
+        for path, content in ((source, text.encode()), (page.committed, executed)):
+            if files.write_if_changed(path, content):
+                changed.append(path.name)
     return changed
+
+
+def canonical_text(notebook: NotebookNode, source: Path) -> str:
+    """Return the MyST text that jupytext makes of ``notebook`` under the folder's configuration."""
+    config = load_jupytext_config(str(source))
+    return jupytext.writes(notebook, fmt=pages.FORMAT, config=config)

@@ -1,0 +1,203 @@
+"""The book's style guide as functions: each takes a notebook or a page and lists what breaks a rule."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from urllib.parse import unquote, urlsplit
+
+from bs4 import BeautifulSoup, Tag
+from nbformat import NotebookNode
+
+MAX_CELL_LINES = 25
+MAX_MEDIAN_LINES = 8
+MAX_DEF_LINES = 8
+MIN_ALT, MAX_ALT = 20, 250
+MAX_NOTEBOOK_BYTES = 400_000
+TAGS = {
+    "hide-input",
+    "hide-output",
+    "nbval-ignore-output",
+    "nbval-skip",
+    "parameters",
+    "raises-exception",
+    "remove-cell",
+    "remove-input",
+    "remove-output",
+}
+_URL = re.compile(r"https?://")
+_HOME = re.compile(r"(?:/(?:home|root|Users|tmp|work|mnt|opt|usr)/|[A-Z]:\\\\?)[\w.-]+")
+_DECIMAL = re.compile(r"(?<![\w.])[-−]?\d*\.\d+(?![\w]|\.\d)|\d+(?:\.\d+)?\s?%|\d[eE][-−]\d")
+_NOT_PROSE = (
+    "pre, code, script, style, table, .math, .cell_input, .cell_output, .headerlink, "
+    ".result-value, .paper-value, .provenance, .profile-badge, .citation, .citation-list, "
+    ".caption-number, .section-number, .std-numref, .proof-title, .admonition-title .caption-number"
+)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """Return the code cells."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def cell_lengths(notebook: NotebookNode) -> list[str]:
+    """Cells are short: none over 25 lines, the median at most 8."""
+    lengths = [len(cell.source.strip().splitlines()) for cell in code_cells(notebook)]
+    found = [
+        f"code cell {number} has {length} lines; at most {MAX_CELL_LINES}"
+        for number, length in enumerate(lengths, start=1)
+        if length > MAX_CELL_LINES
+    ]
+    if lengths and median(lengths) > MAX_MEDIAN_LINES:
+        found.append(f"median cell has {median(lengths):g} lines; at most {MAX_MEDIAN_LINES}")
+    return found
+
+
+def cell_content(notebook: NotebookNode) -> list[str]:
+    """Cells compose the library: no classes, no long functions, no addresses."""
+    found = []
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        if _URL.search(cell.source):
+            found.append(f"code cell {number} holds a URL")
+        for node in ast.walk(ast.parse(_plain_python(cell.source))):
+            if isinstance(node, ast.ClassDef):
+                found.append(f"code cell {number} defines the class {node.name}")
+            if isinstance(node, ast.FunctionDef) and _height(node) > MAX_DEF_LINES:
+                found.append(f"code cell {number}: {node.name} has {_height(node)} lines")
+    return found
+
+
+def tags(notebook: NotebookNode) -> list[str]:
+    """Tags come from a closed list."""
+    used = {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+    return [f"unknown tag {tag!r}" for tag in sorted(used - TAGS)]
+
+
+def execution(notebook: NotebookNode) -> list[str]:
+    """Every code cell was run, once and in order, and the notebook shows something."""
+    cells = code_cells(notebook)
+    counts = [cell.execution_count for cell in cells]
+    found = []
+    if counts != list(range(1, len(cells) + 1)):
+        found.append(f"execution counts are {counts}")
+    if not any(cell.outputs for cell in cells):
+        found.append("no cell has an output")
+    return found
+
+
+def private_paths(notebook: NotebookNode) -> list[str]:
+    """Outputs name no folder of the machine that made them."""
+    found = []
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        for output in cell.outputs:
+            texts = {key: value for key, value in output.get("data", {}).items() if "image" not in key}
+            hit = _HOME.search(json.dumps([texts, output.get("text", "")], ensure_ascii=False))
+            if hit:
+                found.append(f"output of code cell {number} names {hit.group()!r}")
+    return found
+
+
+def one_image_per_cell(notebook: NotebookNode) -> list[str]:
+    """A cell shows at most one image, since the renderer gives a cell one alternative text."""
+    found = []
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        images = [out for out in cell.outputs if "image/png" in out.get("data", {})]
+        if len(images) > 1:
+            found.append(f"code cell {number} shows {len(images)} images")
+    return found
+
+
+def article(page: BeautifulSoup) -> Tag:
+    """Return the part of a page that its author wrote."""
+    return page.select_one("article.bd-article") or page
+
+
+def headings(page: BeautifulSoup) -> list[str]:
+    """One title; no level is skipped on the way down."""
+    levels = [int(tag.name[1]) for tag in article(page).select("h1, h2, h3, h4, h5, h6")]
+    found = [] if levels.count(1) == 1 else [f"{levels.count(1)} headings of level 1"]
+    steps = zip(levels, levels[1:], strict=False)
+    return found + [f"heading level {a} is followed by level {b}" for a, b in steps if b > a + 1]
+
+
+def alternative_texts(page: BeautifulSoup) -> list[str]:
+    """Every image is described, in a sentence rather than by its file name."""
+    found = []
+    for image in article(page).select("img"):
+        alt = (image.get("alt") or "").strip()
+        if not MIN_ALT <= len(alt) <= MAX_ALT or re.search(r"\.(png|svg|jpe?g)$|^\.*/", alt):
+            found.append(f"image {image.get('src')} has the alternative text {alt!r}")
+    return found
+
+
+def bare_numbers(page: BeautifulSoup) -> list[str]:
+    """Prose holds no decimals or percentages typed by hand; each is shown with its surroundings."""
+    prose = BeautifulSoup(str(article(page)), "html.parser")
+    for tag in prose.select(_NOT_PROSE):
+        tag.replace_with(" ")
+    found = []
+    for block in prose.select("p, li, dd, dt, figcaption, h1, h2, h3, h4"):
+        text = " ".join(block.get_text(" ").split())
+        found += [_around(text, hit) for hit in _DECIMAL.finditer(text)]
+    return list(dict.fromkeys(found))
+
+
+def broken_links(folder: Path) -> list[str]:
+    """Every internal link and anchor of the pages under ``folder`` leads somewhere."""
+    written = [path for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts]
+    pages = {path: read_page(path) for path in written}
+    anchors = {path: _anchors(page) for path, page in pages.items()}
+    found = []
+    for path, page in pages.items():
+        for target in _internal_targets(page):
+            place, anchor = _resolve(path, target)
+            name = path.relative_to(folder)
+            if not place.exists():
+                found.append(f"{name}: {target} does not exist")
+            elif anchor and place in anchors and anchor not in anchors[place]:
+                found.append(f"{name}: {target} has no such anchor")
+    return found
+
+
+def external_resources(page: BeautifulSoup) -> list[str]:
+    """Pages load scripts, styles and images from the book itself only."""
+    loaded = [tag.get("src") for tag in page.select("script[src], img[src], iframe[src]")]
+    loaded += [tag.get("href") for tag in page.select("link[rel~=stylesheet], link[rel~=preload]")]
+    return [f"loads {address}" for address in loaded if urlsplit(address).netloc]
+
+
+def read_page(path: Path) -> BeautifulSoup:
+    """Parse a rendered page."""
+    return BeautifulSoup(path.read_bytes(), "html.parser")
+
+
+def _plain_python(source: str) -> str:
+    return "\n".join("" if line.startswith(("%", "!")) else line for line in source.splitlines())
+
+
+def _height(node: ast.FunctionDef) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+def _around(text: str, hit: re.Match) -> str:
+    return text[max(0, hit.start() - 30) : hit.end() + 20]
+
+
+def _anchors(page: BeautifulSoup) -> set[str]:
+    return {tag["id"] for tag in page.select("[id]")} | {tag["name"] for tag in page.select("a[name]")}
+
+
+def _internal_targets(page: BeautifulSoup) -> Iterator[str]:
+    for tag in page.select("a[href], img[src], link[href], script[src]"):
+        target = tag.get("href") or tag.get("src")
+        parts = urlsplit(target)
+        if not parts.scheme and not parts.netloc and target != "#":
+            yield target
+
+
+def _resolve(path: Path, target: str) -> tuple[Path, str]:
+    parts = urlsplit(target)
+    place = (path.parent / unquote(parts.path)).resolve() if parts.path else path.resolve()
+    return (place / "index.html" if place.is_dir() else place), unquote(parts.fragment)

@@ -1,0 +1,36 @@
+"""Shared by all tests: the repository's root, one thread, and the book rendered once."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def html(root):
+    """Render the committed outputs from nothing, with warnings as errors."""
+    import shutil
+
+    from pipeline.render import render
+    from pipeline.stage import stage
+
+    output = root / "_build" / "test"
+    shutil.rmtree(output, ignore_errors=True)
+    stage(root, output / "src", None)
+    return render(output / "src", output).parent
