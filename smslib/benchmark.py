@@ -14,11 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from smslib import metrics, recipes, simulate, sweep
+from smslib import metrics, recipes, simulate, store, sweep
 from smslib.data import split_cells
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
 from smslib.model import SMSVAE
@@ -27,7 +28,10 @@ from smslib.sweep import Config
 from smslib.train import fit
 from smslib.transfer import adapt
 
-__all__ = ["STUDIES", "recover", "recovery_scores"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["STUDIES", "cost", "recover", "recovery_scores", "summarise"]
 
 N_TRAINED = 80  # interventions 0-79 are trained on, 80-99 held out, as released
 
@@ -161,21 +165,80 @@ STUDIES: Mapping[str, Callable[[], list[dict]]] = MappingProxyType(
 )
 
 
+def summarise(runs: pd.DataFrame) -> dict[str, object]:
+    """Return, per recipe and method, every score's values by seed, their mean and their sd.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        From `smslib.sweep.collect`.
+
+    Returns
+    -------
+    dict
+        ``<recipe>.<method>.seeds``, ``<recipe>.<method>.<score>`` (lists over seeds),
+        ``<...>.mean`` and ``<...>.sd`` (sample standard deviation; None for a single seed).
+    """
+    settings = {"recipe", "method", "seed", "as_released", "n_cells", "n_latent", "sparsity"}
+    values: dict[str, object] = {}
+    for (recipe, method), group in runs.sort_values("seed").groupby(["recipe", "method"]):
+        key = f"{recipe}.{method}"
+        values[f"{key}.seeds"] = group["seed"].tolist()
+        for score in group.select_dtypes("number").columns.difference(list(settings)):
+            if not score.startswith("provenance."):
+                column = group[score]
+                values[f"{key}.{score}"] = column.tolist()
+                values[f"{key}.{score}.mean"] = column.mean()
+                values[f"{key}.{score}.sd"] = column.std() if len(column) > 1 else None
+    return values
+
+
+def cost(runs: pd.DataFrame, command: str) -> dict[str, object]:
+    """Return the provenance of a study from that of its runs: costs added up, the rest listed."""
+    part = {
+        name.removeprefix("provenance."): runs[name]
+        for name in runs.columns
+        if name.startswith("provenance.")
+    }
+    total = {name: float(part[name].sum()) for name in ("wall_seconds", "cpu_seconds")}
+    constant = ("python", "torch", "numpy", "smslib", "device", "n_cpu", "threads", "commit")
+    listed = {name: ", ".join(sorted(set(part[name].astype(str)))) for name in constant}
+    return {
+        **listed,
+        **total,
+        "command": command,
+        "date": part["date"].max(),
+        "dirty": bool(part["dirty"].any()),
+        "n_runs": len(runs),
+        "peak_memory_mb": float(part["peak_memory_mb"].max()),
+        "seeds": sorted(set(runs["seed"].tolist())),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing of an experiment, one single-threaded process per worker."""
     parser = argparse.ArgumentParser(prog="python -m smslib.benchmark", description=__doc__)
     parser.add_argument("experiment", choices=sorted(STUDIES))
     parser.add_argument("--results", type=Path, default=Path("book/results"))
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="0 only summarises what there is")
     given = parser.parse_args(arguments)
-    with ProcessPoolExecutor(
-        given.workers,
-        get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    ) as executor:
-        root = given.results / "runs" / given.experiment
-        sweep.run(recover, STUDIES[given.experiment](), root, executor=executor)
+    root = given.results / "runs" / given.experiment
+    if given.workers:
+        with ProcessPoolExecutor(
+            given.workers,
+            get_context("spawn"),
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+        ) as executor:
+            sweep.run(recover, STUDIES[given.experiment](), root, executor=executor)
+    runs = sweep.collect(root)
+    command = f"make bench EXPERIMENT={given.experiment}"
+    store.put(
+        given.experiment,
+        summarise(runs),
+        root=given.results,
+        provenance=cost(runs, command),
+    )
     return 0
 
 
