@@ -1,0 +1,485 @@
+"""The way from text to page: normalising, comparing, executing what changed, staging, rendering."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nbformat import v4
+from pipeline import execute, files, pages, refresh, stage
+from pipeline.compare import Tolerance, difference, output_differences
+from pipeline.normalise import bridge_alt_text, normalise, quantise
+from pipeline.render import problems
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TEXT = """---
+jupytext:
+  formats: ipynb,md:myst
+  text_representation:
+    extension: .md
+    format_name: myst
+    format_version: 0.13
+kernelspec:
+  display_name: Python 3 (ipykernel)
+  language: python
+  name: python3
+{header}---
+
+# A page
+
+```{{code-cell}} ipython3
+:tags: [parameters]
+
+profile = "quick"
+device = "cpu"  # or "cuda"
+seed = 0
+```
+
+```{{code-cell}} ipython3
+{code}
+```
+"""
+CODE = "import os\nprint(f'{profile} {1 / 3:.6f} on {os.environ[\"OMP_NUM_THREADS\"]} thread')"
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A tiny repository with one notebook; the path has a space on purpose."""
+    root = tmp_path / "a book"
+    for folder in ("notebooks/profiles", "book/results", "book/pipeline", "smslib"):
+        (root / folder).mkdir(parents=True)
+    write(root)
+    shutil.copy(ROOT / "notebooks" / "jupytext.toml", root / "notebooks")
+    (root / "notebooks/profiles/quick.yml").write_text("profile: quick\ndevice: cpu\nseed: 0\n")
+    (root / "notebooks/profiles/full.yml").write_text("profile: full\ndevice: auto\nseed: 0\n")
+    (root / "smslib/__init__.py").write_text("")
+    return root
+
+
+def write(root, code=CODE, *, header="", name="01_page"):
+    source = root / "notebooks" / f"{name}.md"
+    source.write_text(TEXT.format(code=code, header=header))
+    return source
+
+
+def page(root, profile="quick"):
+    return execute.Page(root, root / "notebooks" / "01_page.md", profile)
+
+
+def stream(text, name="stdout"):
+    return v4.new_output("stream", name=name, text=text)
+
+
+# ------------------------------------------------------------------ files
+
+
+def test_a_file_is_written_only_when_its_content_differs(tmp_path):
+    path = tmp_path / "deep" / "file"
+    assert files.write_if_changed(path, b"one")
+    os.utime(path, (1, 1))
+    assert not files.write_if_changed(path, b"one")
+    assert path.stat().st_mtime == 1
+    assert files.write_if_changed(path, b"two")
+    assert path.read_bytes() == b"two"
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def crash(*_):
+        raise OSError
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError):  # noqa: PT011 - raised bare above
+        files.write_atomic(path, b"new")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_mirroring_writes_what_is_new_and_deletes_what_is_stale(tmp_path):
+    files.mirror({"a": b"1", "b/c": b"2"}, tmp_path)
+    assert files.mirror({"b/c": b"2", "d": b"3"}, tmp_path) == ["a", "d"]
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"b/c", "d"}
+
+
+# ------------------------------------------------------------------ normalising
+
+
+def executed(*, papermill=True):
+    cells = [
+        v4.new_markdown_cell("text", metadata={"tags": [], "papermill": {"status": "completed"}}),
+        v4.new_code_cell("seed = 1", execution_count=4, metadata={"tags": ["parameters"]}),
+        v4.new_code_cell("seed = 2", execution_count=5, metadata={"tags": ["injected-parameters"]}),
+        v4.new_code_cell(
+            "seed",
+            execution_count=9,
+            metadata={"execution": {"iopub.execute_input": "now"}, "nbval": {"rtol": 0.1}},
+            outputs=[
+                stream("a"),
+                stream("b"),
+                v4.new_output("execute_result", data={"text/plain": "2"}, execution_count=9),
+            ],
+        ),
+        v4.new_code_cell("never run"),
+    ]
+    metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3"},
+        "language_info": {"name": "python", "version": "3.11.7"},
+        "papermill": {"duration": 1.2},
+        "smslib": {"data": ["x"]},
+    }
+    return v4.new_notebook(cells=cells, metadata=metadata)
+
+
+def test_what_the_run_leaves_behind_is_removed():
+    clean = normalise(executed())
+    assert [cell.source for cell in clean.cells] == ["text", "seed = 1", "seed", "never run"]
+    assert [cell.get("id") for cell in clean.cells] == ["c000", "c001", "c002", "c003"]
+    assert [cell.get("execution_count") for cell in clean.cells] == [None, 1, 2, None]
+    assert [dict(cell.metadata) for cell in clean.cells] == [
+        {},
+        {"tags": ["parameters"]},
+        {"nbval": {"rtol": 0.1}},
+        {},
+    ]
+    assert set(clean.metadata) == {"kernelspec", "language_info", "smslib"}
+    assert clean.metadata.language_info == {"name": "python"}
+    joined, result = clean.cells[2].outputs
+    assert joined.text == "ab"
+    assert result.execution_count == 2
+
+
+def test_normalising_is_idempotent_and_leaves_its_argument_alone():
+    notebook = executed()
+    before = pages.dump(notebook)
+    once = normalise(notebook)
+    assert pages.dump(notebook) == before
+    assert pages.dump(normalise(once)) == pages.dump(once)
+
+
+def png(size=(64, 64)):
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 4), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_figures_are_reduced_to_a_palette_on_white_and_no_further():
+    from PIL import Image
+
+    original = png()
+    small = quantise(original, colours=128)
+    image = Image.open(io.BytesIO(small))
+    assert len(small) < len(original)
+    assert image.mode == "P"
+    assert image.size == (64, 64)
+    assert len(image.getcolors()) <= 128
+    assert quantise(small) == small
+
+
+def test_the_alternative_text_reaches_the_renderer_without_replacing_one():
+    shown = v4.new_output(
+        "display_data", data={"image/png": ""}, metadata={"image/png": {"alt": "A line that rises."}}
+    )
+    own = {"mystnb": {"image": {"alt": "mine"}}}
+    cells = [v4.new_code_cell("", outputs=[shown]), v4.new_code_cell("", outputs=[shown], metadata=own)]
+    bridged = bridge_alt_text(v4.new_notebook(cells=[*cells, v4.new_markdown_cell("x")]))
+    assert [c.metadata.get("mystnb", {}).get("image", {}).get("alt") for c in bridged.cells] == [
+        "A line that rises.",
+        "mine",
+        None,
+    ]
+    assert "mystnb" not in cells[0].metadata
+
+
+# ------------------------------------------------------------------ comparing
+
+REALS = st.floats(min_value=1e-3, max_value=1e6)
+
+
+@given(REALS, st.floats(-1e-4, 1e-4))
+def test_a_real_may_move_within_the_tolerance(value, relative):
+    moved = value * (1 + relative)
+    assert difference(f"x = {value!r}", f"x = {moved!r}", Tolerance(rtol=1.01e-4)) is None
+
+
+@given(REALS, st.floats(0.01, 10), st.sampled_from([-1, 1]))
+def test_a_real_may_not_move_further(value, relative, sign):
+    moved = value * (1 + relative) ** sign
+    assert difference(f"x = {value:.17g}.", f"x = {moved:.17g}.", Tolerance(rtol=1e-3)) is not None
+
+
+@pytest.mark.parametrize(
+    ("stored", "fresh", "same"),
+    [
+        ("12 cells", "13 cells", False),
+        ("12 cells", "12.0001 cells", True),
+        ("-0.00", "0.00", True),
+        ("1.5e-3", "0.0015", True),
+        ("−0.25", "-0.25", True),
+        ("nan", "nan", True),
+        ("nan", "0.1", False),
+        ("IFNGR1 0.5", "IFNGR2 0.5", False),
+        ("x2 = 0.5", "x3 = 0.5", False),
+        ("a    9.99\n-------", "a  9.991\n----", True),
+        ("a 1.0\nb 2.0", "a 1.0", False),
+        ("True", "False", False),
+        ("<A at 0x7f3a2b4c>", "<A at 0x55aa66bb77>", True),
+        ("1.0 2.0", "1.0", False),
+    ],
+)
+def test_texts_are_compared_as_a_reader_would(stored, fresh, same):
+    assert (difference(stored, fresh, Tolerance()) is None) == same
+
+
+def test_a_difference_names_the_numbers():
+    assert difference("mcc 0.91, r2 0.5", "mcc 0.95, r2 0.5", Tolerance()) == "0.91 became 0.95"
+    assert difference("one\ntwo", "one\ntoo", Tolerance()) == "stored 'two', now 'too'"
+
+
+def test_outputs_must_be_of_the_same_kinds_but_images_may_differ():
+    image = [v4.new_output("display_data", data={"image/png": "a", "text/plain": "<Figure>"})]
+    other = [v4.new_output("display_data", data={"image/png": "b", "text/plain": "<Figure>"})]
+    assert output_differences(image, other, Tolerance()) == []
+    assert output_differences(image, [], Tolerance()) == [
+        "stored outputs are image/png, text/plain; the code now gives nothing"
+    ]
+    assert output_differences([stream("1"), stream(".5")], [stream("1.5")], Tolerance()) == []
+    error = v4.new_output("error", ename="ValueError", evalue="3 cells", traceback=["..."])
+    again = v4.new_output("error", ename="ValueError", evalue="4 cells", traceback=["..."])
+    assert output_differences([error], [again], Tolerance()) == ["error: 3 became 4"]
+
+
+# ------------------------------------------------------------------ nbval
+
+
+def validate(folder, notebook, *options):
+    path = folder / "page.ipynb"
+    path.write_bytes(pages.dump(notebook))
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-p", "pipeline.nbval_plugin", "--nbval", "-q", "-rs"]
+    command += ["--color=no", "-p", "no:cacheprovider", *options, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "book")}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def measured(text="MCC 0.8812 over 5 seeds\n", **metadata):
+    source = "print(f'MCC {0.8812:.4f} over {5} seeds')"
+    cell = v4.new_code_cell(source, execution_count=1, outputs=[stream(text)], metadata=metadata)
+    return v4.new_notebook(cells=[cell])
+
+
+def test_nbval_passes_what_is_stored_and_fails_an_altered_number(tmp_path):
+    assert validate(tmp_path, measured()).returncode == 0
+    assert validate(tmp_path, measured("MCC 0.8813 over 5 seeds\n")).returncode == 0
+    altered = validate(tmp_path, measured("MCC 0.8912 over 5 seeds\n"))
+    assert altered.returncode == 1
+    assert "0.8912 became 0.8812" in altered.stdout
+    assert "6 became 5" in validate(tmp_path, measured("MCC 0.8812 over 6 seeds\n")).stdout
+
+
+def test_nbval_takes_a_cells_own_tolerance(tmp_path):
+    loose = measured("MCC 0.8912 over 5 seeds\n", nbval={"rtol": 0.05})
+    assert validate(tmp_path, loose).returncode == 0
+
+
+def test_nbval_fails_stripped_and_never_executed_notebooks(tmp_path):
+    stripped = measured()
+    stripped.cells[0].outputs = []
+    assert "holds no output at all" in validate(tmp_path, stripped).stdout
+    unrun = measured()
+    unrun.cells.append(v4.new_code_cell("2 + 2"))
+    done = validate(tmp_path, unrun)
+    assert done.returncode == 1
+    assert "never executed" in done.stdout
+
+
+def test_nbval_skips_a_notebook_whose_data_are_missing_and_says_why(tmp_path):
+    notebook = measured()
+    notebook.metadata["smslib"] = {"data": ["no-such-screen"]}
+    done = validate(tmp_path, notebook)
+    assert done.returncode == 0
+    assert "1 skipped" in done.stdout
+    assert "data not available: ['no-such-screen']" in done.stdout
+
+
+# ------------------------------------------------------------------ what a notebook declares
+
+
+def test_the_parameter_cell_is_read_as_values(repository):
+    notebook = pages.read_source(page(repository).source)
+    assert pages.parameter_cell(notebook) == {"profile": "quick", "device": "cpu", "seed": 0}
+    with pytest.raises(ValueError, match="expected one cell tagged 'parameters', found 0"):
+        pages.parameter_cell(v4.new_notebook())
+
+
+def test_missing_data_are_those_declared_and_not_available(repository):
+    source = write(repository, header="smslib:\n  data: [here, gone]\n")
+    notebook = pages.read_source(source)
+    assert pages.missing_data(notebook, available=lambda name: name == "here") == ["gone"]
+    assert pages.declared(notebook, "results") == []
+
+
+# ------------------------------------------------------------------ executing
+
+
+def test_a_notebook_runs_once_until_something_it_depends_on_changes(repository):
+    report = []
+    execute.execute_all(repository, "quick", report=report.append)
+    first = pages.read_executed(page(repository).executed)
+    assert first.cells[2].outputs[0].text == "quick 0.333333 on 1 thread\n"
+    assert "injected-parameters" not in page(repository).executed.read_text()
+    execute.execute_all(repository, "quick", report=report.append)
+    write(repository, code="print('changed')")
+    execute.execute_all(repository, "quick", report=report.append)
+    assert [line.partition(": ")[2].partition(",")[0] for line in report] == [
+        "quick",
+        "up to date",
+        "quick",
+    ]
+    record = json.loads(page(repository).record.read_text())
+    assert (record["origin"], record["profile"], record["missing"]) == ("executed", "quick", [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ("smslib/model.py", False),
+        ("book/results/01_x.json", False),
+        ("notebooks/profiles/quick.yml", False),
+        ("requirements.lock", False),
+        ("notebooks/02_other.md", True),
+        ("notebooks/profiles/full.yml", True),
+        ("README.md", True),
+    ],
+)
+def test_the_fingerprint_follows_exactly_what_a_notebook_depends_on(repository, changed, same):
+    before = execute.fingerprint(page(repository))
+    (repository / changed).write_text("changed")
+    assert (execute.fingerprint(page(repository)) == before) == same
+    assert execute.fingerprint(page(repository), ["data"]) != before
+
+
+def test_the_full_profile_is_injected_and_kept_apart(repository):
+    execute.execute_all(repository, "full", report=lambda line: None)
+    full = pages.read_executed(page(repository, "full").executed)
+    assert full.cells[-1].outputs[0].text.startswith("full ")
+    assert not page(repository).executed.exists()
+
+
+def test_a_failing_cell_is_named_and_the_others_still_run(repository):
+    write(repository, code="x = {}\nx['gene']")
+    write(repository, name="02_other", code="print(1)")
+    with pytest.raises(execute.NotebookFailed) as failure:
+        execute.execute_all(repository, "quick", report=lambda line: None)
+    assert str(failure.value) == (
+        "01_page.md, code cell 2 ('x = {}'): KeyError: 'gene'; "
+        "log in _build/executed/quick/01_page.log"
+    )
+    assert not page(repository).executed.exists()
+    assert (repository / "_build/executed/quick/02_other.ipynb").exists()
+
+
+def test_a_notebook_that_takes_too_long_is_stopped(repository):
+    write(repository, code="import time\ntime.sleep(60)")
+    with pytest.raises(execute.NotebookFailed, match=r"time is up after 0\.5 s; log in"):
+        execute.execute_page(page(repository), timeout=0.5)
+
+
+def test_without_its_data_a_page_shows_the_stored_outputs_and_says_so(repository):
+    target = page(repository)
+    with pytest.raises(execute.NotebookFailed, match="no stored outputs to show"):
+        execute.execute_page(target, missing=["gone"])
+    target.committed.write_bytes(pages.dump(measured()))
+    execute.execute_page(target, missing=["gone"])
+    stage.stage(repository, repository / "_build/src", "quick")
+    staged = pages.read_executed(repository / "_build/src/notebooks/01_page.ipynb")
+    assert any("Data not found here: gone" in cell.source for cell in staged.cells)
+    assert any(cell.get("outputs") for cell in staged.cells)
+
+
+def test_refreshing_stored_outputs_without_data_is_refused(repository):
+    write(repository, header="smslib:\n  data: no-such-screen\n")
+    with pytest.raises(execute.NotebookFailed, match=r"\['no-such-screen'\] are needed"):
+        execute.execute_all(repository, "quick", report=lambda line: None, require_data=True)
+
+
+def test_relative_data_directories_are_seen_from_the_root_and_others_kept(repository):
+    relative = execute.kernel_environment(repository, {"SMS_DATA_DIR": "../data", "A": "b"})
+    assert relative["SMS_DATA_DIR"] == str(repository / "../data")
+    assert (relative["A"], relative["OMP_NUM_THREADS"]) == ("b", "1")
+    absolute = execute.kernel_environment(repository, {"SMS_DATA_DIR": "/data"})
+    assert absolute["SMS_DATA_DIR"] == "/data"
+    assert "SMS_DATA_DIR" not in execute.kernel_environment(repository, {})
+
+
+def test_refreshing_twice_changes_nothing_the_second_time(repository):
+    execute.execute_all(repository, "quick", report=lambda line: None)
+    assert "01_page.ipynb" in refresh.refresh(repository)
+    execute.execute_all(repository, "quick", report=lambda line: None, force=True)
+    assert refresh.refresh(repository) == []
+
+
+# ------------------------------------------------------------------ staging and rendering
+
+
+def test_staging_copies_sources_shows_the_chosen_outputs_and_then_nothing(repository):
+    target = repository / "_build/src"
+    execute.execute_all(repository, "quick", report=lambda line: None)
+    refresh.refresh(repository)
+    assert {"notebooks/01_page.ipynb", "smslib/__init__.py", "build.json"} <= set(
+        stage.stage(repository, target, "quick")
+    )
+    assert stage.stage(repository, target, "quick") == []
+    assert "notebooks/01_page.ipynb" not in stage.stage(repository, target, None)
+    info = json.loads((target / "build.json").read_text())
+    assert info["pages"]["notebooks/01_page"]["origin"] == "stored"
+    assert info["commit"] == "unknown"
+
+
+def test_the_build_keeps_its_date_while_nothing_else_changes(repository):
+    target = repository / "_build/src"
+    execute.execute_all(repository, "quick", report=lambda line: None)
+    stage.stage(repository, target, "quick")
+    info = json.loads((target / "build.json").read_text())
+    old = json.dumps({**info, "date": "2000-01-01"}, indent=1, sort_keys=True)
+    (target / "build.json").write_text(old)
+    assert stage.stage(repository, target, "quick") == []
+    (target / "build.json").write_text(old.replace('"unknown"', '"abc"'))
+    stage.stage(repository, target, "quick")
+    assert json.loads((target / "build.json").read_text())["date"] == info["date"]
+
+
+def test_git_state_tells_commit_and_changes(repository):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *identity, *arguments], cwd=repository, check=True, capture_output=True)
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    clean = stage.git_state(repository)
+    write(repository, code="print('changed')")
+    assert not clean["dirty"]
+    assert len(clean["commit"]) == 10
+    assert stage.git_state(repository) == {"commit": clean["commit"], "dirty": True}
+
+
+def test_a_render_log_is_reduced_to_its_problems():
+    log = "\x1b[91mreading\na.md:3: WARNING: undefined label\x1b[0m\nTraceback (most recent call last)\n x"
+    assert problems(log) == "a.md:3: WARNING: undefined label"
+    assert problems("killed") == "killed"
+
