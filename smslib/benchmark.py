@@ -166,7 +166,7 @@ STUDIES: Mapping[str, Callable[[], list[dict]]] = MappingProxyType(
 
 
 def summarise(runs: pd.DataFrame) -> dict[str, object]:
-    """Return, per recipe and method, every score's values by seed, their mean and their sd.
+    """Return, per recipe and method, every score's values by seed, mean, sd and maximum.
 
     Parameters
     ----------
@@ -176,8 +176,8 @@ def summarise(runs: pd.DataFrame) -> dict[str, object]:
     Returns
     -------
     dict
-        ``<recipe>.<method>.seeds``, ``<recipe>.<method>.<score>`` (lists over seeds),
-        ``<...>.mean`` and ``<...>.sd`` (sample standard deviation; None for a single seed).
+        ``<recipe>.<method>.seeds``, ``<recipe>.<method>.<score>`` (lists over seeds), and of each
+        list ``.mean``, ``.sd`` (sample standard deviation; None for a single seed), ``.max``.
     """
     settings = {"recipe", "method", "seed", "as_released", "n_cells", "n_latent", "sparsity"}
     values: dict[str, object] = {}
@@ -190,6 +190,7 @@ def summarise(runs: pd.DataFrame) -> dict[str, object]:
                 values[f"{key}.{score}"] = column.tolist()
                 values[f"{key}.{score}.mean"] = column.mean()
                 values[f"{key}.{score}.sd"] = column.std() if len(column) > 1 else None
+                values[f"{key}.{score}.max"] = column.max()
     return values
 
 
