@@ -106,7 +106,9 @@ def test_bibliography_keys_are_unique():
 
 
 def written_pages(html):
-    return [path for folder in ("book", "notebooks") for path in sorted((html / folder).glob("*.html"))]
+    return [
+        path for folder in ("book", "notebooks") for path in sorted((html / folder).glob("*.html"))
+    ]
 
 
 def broken(html, rule):
@@ -174,7 +176,9 @@ def test_every_page_is_in_english_and_has_a_title(html):
 
 def notebook(*sources, count=1, outputs=(), **metadata):
     cells = [
-        v4.new_code_cell(source, execution_count=count + i, outputs=list(outputs), metadata=metadata)
+        v4.new_code_cell(
+            source, execution_count=count + i, outputs=list(outputs), metadata=metadata
+        )
         for i, source in enumerate(sources)
     ]
     return v4.new_notebook(cells=cells)
@@ -227,7 +231,10 @@ def test_a_rule_catches(rule, bad, says):
         (rules.cell_content, notebook("%matplotlib inline\ndef f():\n    return 1")),
         (rules.private_paths, notebook("x", outputs=[stream("5 / 7 and a/b")])),
         (rules.alternative_texts, page("<img alt='Bars of five methods, the last one highest.'>")),
-        (rules.bare_numbers, page("<p>100 cells, <code>0.1</code>, <span class=math>0.2</span></p>")),
+        (
+            rules.bare_numbers,
+            page("<p>100 cells, <code>0.1</code>, <span class=math>0.2</span></p>"),
+        ),
         (rules.bare_numbers, page("<p>See section 2.1.3 and version 1.2.3</p>")),
         (rules.bare_numbers, page("<p><abbr class='result-value'>0.91</abbr></p>")),
     ],

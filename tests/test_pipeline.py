@@ -1,4 +1,4 @@
-"""The way from text to page: normalising, comparing, executing what changed, staging, rendering."""
+"""From text to page: normalising, comparing, executing what changed, staging, rendering."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from pipeline.normalise import bridge_alt_text, normalise, quantise
 from pipeline.render import problems
 
 ROOT = Path(__file__).resolve().parents[1]
+nbval_group = pytest.mark.xdist_group("nbval")  # one worker, since one run serves them all
 
 TEXT = """---
 jupytext:
@@ -117,7 +119,9 @@ def executed(*, papermill=True):
     cells = [
         v4.new_markdown_cell("text", metadata={"tags": [], "papermill": {"status": "completed"}}),
         v4.new_code_cell("seed = 1", execution_count=4, metadata={"tags": ["parameters"]}),
-        v4.new_code_cell("seed = 2", execution_count=5, metadata={"tags": ["injected-parameters"]}),
+        v4.new_code_cell(
+            "seed = 2", execution_count=5, metadata={"tags": ["injected-parameters"]}
+        ),
         v4.new_code_cell(
             "seed",
             execution_count=9,
@@ -190,10 +194,15 @@ def test_figures_are_reduced_to_a_palette_on_white_and_no_further():
 
 def test_the_alternative_text_reaches_the_renderer_without_replacing_one():
     shown = v4.new_output(
-        "display_data", data={"image/png": ""}, metadata={"image/png": {"alt": "A line that rises."}}
+        "display_data",
+        data={"image/png": ""},
+        metadata={"image/png": {"alt": "A line that rises."}},
     )
     own = {"mystnb": {"image": {"alt": "mine"}}}
-    cells = [v4.new_code_cell("", outputs=[shown]), v4.new_code_cell("", outputs=[shown], metadata=own)]
+    cells = [
+        v4.new_code_cell("", outputs=[shown]),
+        v4.new_code_cell("", outputs=[shown], metadata=own),
+    ]
     bridged = bridge_alt_text(v4.new_notebook(cells=[*cells, v4.new_markdown_cell("x")]))
     assert [c.metadata.get("mystnb", {}).get("image", {}).get("alt") for c in bridged.cells] == [
         "A line that rises.",
@@ -264,56 +273,106 @@ def test_outputs_must_be_of_the_same_kinds_but_images_may_differ():
 # ------------------------------------------------------------------ nbval
 
 
-def validate(folder, notebook, *options):
-    path = folder / "page.ipynb"
-    path.write_bytes(pages.dump(notebook))
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    command = [sys.executable, "-m", "pytest", "-p", "pipeline.nbval_plugin", "--nbval", "-q", "-rs"]
-    command += ["--color=no", "-p", "no:cacheprovider", *options, str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "book")}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-
-
 def measured(text="MCC 0.8812 over 5 seeds\n", **metadata):
     source = "print(f'MCC {0.8812:.4f} over {5} seeds')"
     cell = v4.new_code_cell(source, execution_count=1, outputs=[stream(text)], metadata=metadata)
     return v4.new_notebook(cells=[cell])
 
 
-def test_nbval_passes_what_is_stored_and_fails_an_altered_number(tmp_path):
-    assert validate(tmp_path, measured()).returncode == 0
-    assert validate(tmp_path, measured("MCC 0.8813 over 5 seeds\n")).returncode == 0
-    altered = validate(tmp_path, measured("MCC 0.8912 over 5 seeds\n"))
-    assert altered.returncode == 1
-    assert "0.8912 became 0.8812" in altered.stdout
-    assert "6 became 5" in validate(tmp_path, measured("MCC 0.8812 over 6 seeds\n")).stdout
-
-
-def test_nbval_takes_a_cells_own_tolerance(tmp_path):
-    loose = measured("MCC 0.8912 over 5 seeds\n", nbval={"rtol": 0.05})
-    assert validate(tmp_path, loose).returncode == 0
-
-
-def test_nbval_fails_stripped_and_never_executed_notebooks(tmp_path):
-    stripped = measured()
-    stripped.cells[0].outputs = []
-    assert "holds no output at all" in validate(tmp_path, stripped).stdout
-    unrun = measured()
-    unrun.cells.append(v4.new_code_cell("2 + 2"))
-    done = validate(tmp_path, unrun)
-    assert done.returncode == 1
-    assert "never executed" in done.stdout
-
-
-def test_nbval_skips_a_notebook_whose_data_are_missing_and_says_why(tmp_path):
+def stripped():
     notebook = measured()
+    notebook.cells[0].outputs = []
+    return notebook
+
+
+def unrun():
+    notebook = measured()
+    notebook.cells.append(v4.new_code_cell("2 + 2"))
+    return notebook
+
+
+def without_data():
+    notebook = measured("something else\n")
     notebook.metadata["smslib"] = {"data": ["no-such-screen"]}
-    done = validate(tmp_path, notebook)
-    assert done.returncode == 0
-    assert "1 skipped" in done.stdout
-    assert "data not available: ['no-such-screen']" in done.stdout
+    return notebook
+
+
+NOTEBOOKS = {
+    "as_stored": measured(),
+    "within": measured("MCC 0.8813 over 5 seeds\n"),
+    "altered": measured("MCC 0.8912 over 5 seeds\n"),
+    "altered_integer": measured("MCC 0.8812 over 6 seeds\n"),
+    "own_tolerance": measured("MCC 0.8912 over 5 seeds\n", nbval={"rtol": 0.05}),
+    "stripped": stripped(),
+    "unrun": unrun(),
+    "without_data": without_data(),
+}
+
+
+@pytest.fixture(scope="module")
+def nbval(tmp_path_factory):
+    """Run nbval once over all of these; name to (outcome, message) of the worst cell."""
+    folder = tmp_path_factory.mktemp("nbval")
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    for name, notebook in NOTEBOOKS.items():
+        (folder / f"{name}.ipynb").write_bytes(pages.dump(notebook))
+    command = [sys.executable, "-m", "pytest", "-p", "pipeline.nbval_plugin", "--nbval", "-q"]
+    command += ["--color=no", "--junitxml=report.xml", "--continue-on-collection-errors", "."]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "book")}
+    subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True)
+    return outcomes(ElementTree.parse(folder / "report.xml"))
+
+
+def outcomes(report):
+    found = {}
+    for case in report.iter("testcase"):
+        name = case.get("classname") or case.get("name")
+        verdict = next(iter(case), None)
+        outcome = "passed" if verdict is None else verdict.tag
+        message = "" if verdict is None else f"{verdict.get('message')} {verdict.text}"
+        if outcome != "passed" or name.split(".")[0] not in found:
+            found[name.split(".")[0]] = (outcome, message)
+    return found
+
+
+@nbval_group
+def test_every_notebook_was_looked_at(nbval):
+    assert nbval.keys() == NOTEBOOKS.keys()
+
+
+@nbval_group
+@pytest.mark.parametrize("name", ["as_stored", "within", "own_tolerance"])
+def test_nbval_passes_what_agrees_within_the_tolerance(nbval, name):
+    assert nbval[name] == ("passed", "")
+
+
+@nbval_group
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("altered", "0.8912 became 0.8812"),
+        ("altered_integer", "6 became 5"),
+        ("unrun", "never executed"),
+    ],
+)
+def test_nbval_fails_altered_and_never_executed_cells(nbval, name, says):
+    outcome, message = nbval[name]
+    assert outcome == "failure"
+    assert says in message
+
+
+@nbval_group
+def test_nbval_refuses_a_notebook_without_outputs(nbval):
+    outcome, message = nbval["stripped"]
+    assert outcome == "error"
+    assert "holds no output at all" in message
+
+
+@nbval_group
+def test_nbval_skips_a_notebook_whose_data_are_missing_and_says_why(nbval):
+    outcome, message = nbval["without_data"]
+    assert outcome == "skipped"
+    assert "data not available: ['no-such-screen']" in message
 
 
 # ------------------------------------------------------------------ what a notebook declares
@@ -466,7 +525,9 @@ def test_the_build_keeps_its_date_while_nothing_else_changes(repository):
 def test_git_state_tells_commit_and_changes(repository):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        subprocess.run(["git", *identity, *arguments], cwd=repository, check=True, capture_output=True)
+        subprocess.run(
+            ["git", *identity, *arguments], cwd=repository, check=True, capture_output=True
+        )
 
     git("init", "-q")
     git("add", ".")
@@ -479,7 +540,7 @@ def test_git_state_tells_commit_and_changes(repository):
 
 
 def test_a_render_log_is_reduced_to_its_problems():
-    log = "\x1b[91mreading\na.md:3: WARNING: undefined label\x1b[0m\nTraceback (most recent call last)\n x"
+    log = "\x1b[91mreading\na.md:3: WARNING: undefined label\x1b[0m\n"
+    log += "Traceback (most recent call last)\n x"
     assert problems(log) == "a.md:3: WARNING: undefined label"
     assert problems("killed") == "killed"
-

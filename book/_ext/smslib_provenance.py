@@ -46,7 +46,11 @@ def describe(key: str, value: Any) -> str:  # noqa: ANN401
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)
     if isinstance(value, float):
-        return f"{value:,.0f}{UNITS.get(key, '')}" if value >= 10 else f"{value:.2g}{UNITS.get(key, '')}"
+        return (
+            f"{value:,.0f}{UNITS.get(key, '')}"
+            if value >= 10
+            else f"{value:.2g}{UNITS.get(key, '')}"
+        )
     return f"{value}{UNITS.get(key, '')}"
 
 
@@ -65,7 +69,8 @@ def badge(record: Mapping[str, Any]) -> str:
         how = f"run in {record['seconds']:.0f} s"
     if record["missing"]:
         how += f", {', '.join(record['missing'])} not available"
-    return f'<p class="profile-badge profile-{escape(profile)}">{escape(profile)} profile · {escape(how)}</p>'
+    text = escape(f"{profile} profile · {how}")
+    return f'<p class="profile-badge profile-{escape(profile)}">{text}</p>'
 
 
 def footer(build: Mapping[str, Any], page: str, experiments: Mapping[str, Mapping]) -> str:
@@ -82,7 +87,9 @@ def footer(build: Mapping[str, Any], page: str, experiments: Mapping[str, Mappin
     """
     record = build.get("pages", {}).get(page)
     facts = {"commit": commit_text(build), "date": build.get("date", "unknown")}
-    facts["command"] = "make html" if record is None or record["origin"] == "stored" else "make book"
+    facts["command"] = (
+        "make html" if record is None or record["origin"] == "stored" else "make book"
+    )
     if record and record["profile"] == "full":
         facts["command"] = "make full"
     facts["versions"] = describe("versions", build.get("versions", {}))
@@ -165,7 +172,8 @@ def _add(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.do
     build = app.config.smslib_build
     names = uses(app.env).get(page, set())
     stored = {
-        name: _load(Path(app.srcdir, RESULTS, f"{name}.json")).get("provenance", {}) for name in names
+        name: _load(Path(app.srcdir, RESULTS, f"{name}.json")).get("provenance", {})
+        for name in names
     }
     record = build.get("pages", {}).get(page)
     body = context["body"]

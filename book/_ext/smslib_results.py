@@ -136,7 +136,9 @@ def _purge(app: Sphinx, env: BuildEnvironment, docname: str) -> None:
     uses(env).pop(docname, None)
 
 
-def _merge(app: Sphinx, env: BuildEnvironment, docnames: list[str], other: BuildEnvironment) -> None:
+def _merge(
+    app: Sphinx, env: BuildEnvironment, docnames: list[str], other: BuildEnvironment
+) -> None:
     uses(env).update({name: used for name, used in uses(other).items() if name in docnames})
 
 

@@ -1,1 +1,1 @@
-"""The book's pipeline: MyST text to executed notebook to rendered page, without dirtying the tree."""
+"""The book's pipeline: MyST text to executed notebook to page, without dirtying the tree."""

@@ -196,7 +196,9 @@ def _papermill(page: Page, timeout: float) -> pages.NotebookNode:
         given.write_bytes(pages.dump(pages.read_source(page.source)))
         code = _run_logged(_command(page, given, made), page, timeout)
         if code != 0:
-            raise NotebookFailed(f"{page.source.name}{_explain(made, code, timeout)}; {_log(page)}")
+            raise NotebookFailed(
+                f"{page.source.name}{_explain(made, code, timeout)}; {_log(page)}"
+            )
         return pages.read_executed(made)
 
 

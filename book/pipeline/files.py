@@ -40,5 +40,7 @@ def mirror(contents: Mapping[str, bytes], folder: Path) -> list[str]:
     stale = sorted(present - contents.keys())
     for name in stale:
         (folder / name).unlink()
-    written = [name for name in sorted(contents) if write_if_changed(folder / name, contents[name])]
+    written = [
+        name for name in sorted(contents) if write_if_changed(folder / name, contents[name])
+    ]
     return stale + written

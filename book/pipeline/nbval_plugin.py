@@ -80,6 +80,6 @@ class NotebookCell(IPyNbCell):
         super().runtest()
 
     def compare_outputs(self, test: list, ref: list, skip_compare: object = None) -> bool:
-        """Whether the fresh outputs agree with the stored ones; keeps the differences to report."""
+        """Say whether the outputs agree with the stored ones; keep the differences to report."""
         self.comparison_traceback = output_differences(ref, test, tolerance(self.cell.metadata))
         return not self.comparison_traceback

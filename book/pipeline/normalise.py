@@ -34,7 +34,7 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
 
 
 def quantise(png: bytes, *, colours: int = COLOURS) -> bytes:
-    """Return ``png`` on white with a palette of at most ``colours``, or itself if that is smaller."""
+    """Return ``png`` on white with at most ``colours`` colours, or itself if that is smaller."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(png)).convert("RGBA")

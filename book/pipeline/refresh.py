@@ -34,6 +34,6 @@ def refresh(root: Path) -> list[str]:
 
 
 def canonical_text(notebook: NotebookNode, source: Path) -> str:
-    """Return the MyST text that jupytext makes of ``notebook`` under the folder's configuration."""
+    """Return the text that jupytext makes of ``notebook`` under the folder's configuration."""
     config = load_jupytext_config(str(source))
     return jupytext.writes(notebook, fmt=pages.FORMAT, config=config)

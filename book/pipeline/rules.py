@@ -1,4 +1,4 @@
-"""The book's style guide as functions: each takes a notebook or a page and lists what breaks a rule."""
+"""The book's style guide: each function takes a notebook or a page and lists what breaks a rule."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ _DECIMAL = re.compile(r"(?<![\w.])[-−]?\d*\.\d+(?![\w]|\.\d)|\d+(?:\.\d+)?\s?%
 _NOT_PROSE = (
     "pre, code, script, style, table, .math, .cell_input, .cell_output, .headerlink, "
     ".result-value, .paper-value, .provenance, .profile-badge, .citation, .citation-list, "
-    ".caption-number, .section-number, .std-numref, .proof-title, .admonition-title .caption-number"
+    ".caption-number, .section-number, .std-numref, .proof-title"
 )
 
 
@@ -43,7 +43,7 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def cell_lengths(notebook: NotebookNode) -> list[str]:
-    """Cells are short: none over 25 lines, the median at most 8."""
+    """Find long cells: none has over 25 lines, the median has at most 8."""
     lengths = [len(cell.source.strip().splitlines()) for cell in code_cells(notebook)]
     found = [
         f"code cell {number} has {length} lines; at most {MAX_CELL_LINES}"
@@ -56,7 +56,7 @@ def cell_lengths(notebook: NotebookNode) -> list[str]:
 
 
 def cell_content(notebook: NotebookNode) -> list[str]:
-    """Cells compose the library: no classes, no long functions, no addresses."""
+    """Find what belongs into the library: classes, long functions, addresses."""
     found = []
     for number, cell in enumerate(code_cells(notebook), start=1):
         if _URL.search(cell.source):
@@ -70,13 +70,13 @@ def cell_content(notebook: NotebookNode) -> list[str]:
 
 
 def tags(notebook: NotebookNode) -> list[str]:
-    """Tags come from a closed list."""
+    """Find tags that are not on the closed list."""
     used = {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
     return [f"unknown tag {tag!r}" for tag in sorted(used - TAGS)]
 
 
 def execution(notebook: NotebookNode) -> list[str]:
-    """Every code cell was run, once and in order, and the notebook shows something."""
+    """Find cells not run, or not once and in order, and notebooks that show nothing."""
     cells = code_cells(notebook)
     counts = [cell.execution_count for cell in cells]
     found = []
@@ -88,11 +88,13 @@ def execution(notebook: NotebookNode) -> list[str]:
 
 
 def private_paths(notebook: NotebookNode) -> list[str]:
-    """Outputs name no folder of the machine that made them."""
+    """Find outputs that name a folder of the machine that made them."""
     found = []
     for number, cell in enumerate(code_cells(notebook), start=1):
         for output in cell.outputs:
-            texts = {key: value for key, value in output.get("data", {}).items() if "image" not in key}
+            texts = {
+                key: value for key, value in output.get("data", {}).items() if "image" not in key
+            }
             hit = _HOME.search(json.dumps([texts, output.get("text", "")], ensure_ascii=False))
             if hit:
                 found.append(f"output of code cell {number} names {hit.group()!r}")
@@ -100,7 +102,7 @@ def private_paths(notebook: NotebookNode) -> list[str]:
 
 
 def one_image_per_cell(notebook: NotebookNode) -> list[str]:
-    """A cell shows at most one image, since the renderer gives a cell one alternative text."""
+    """Find cells with several images; the renderer gives a cell one alternative text."""
     found = []
     for number, cell in enumerate(code_cells(notebook), start=1):
         images = [out for out in cell.outputs if "image/png" in out.get("data", {})]
@@ -115,7 +117,7 @@ def article(page: BeautifulSoup) -> Tag:
 
 
 def headings(page: BeautifulSoup) -> list[str]:
-    """One title; no level is skipped on the way down."""
+    """Find missing or second titles and levels skipped on the way down."""
     levels = [int(tag.name[1]) for tag in article(page).select("h1, h2, h3, h4, h5, h6")]
     found = [] if levels.count(1) == 1 else [f"{levels.count(1)} headings of level 1"]
     steps = zip(levels, levels[1:], strict=False)
@@ -123,7 +125,7 @@ def headings(page: BeautifulSoup) -> list[str]:
 
 
 def alternative_texts(page: BeautifulSoup) -> list[str]:
-    """Every image is described, in a sentence rather than by its file name."""
+    """Find images without a description, or described by their file name."""
     found = []
     for image in article(page).select("img"):
         alt = (image.get("alt") or "").strip()
@@ -133,7 +135,7 @@ def alternative_texts(page: BeautifulSoup) -> list[str]:
 
 
 def bare_numbers(page: BeautifulSoup) -> list[str]:
-    """Prose holds no decimals or percentages typed by hand; each is shown with its surroundings."""
+    """Find decimals and percentages typed by hand in prose, each with its surroundings."""
     prose = BeautifulSoup(str(article(page)), "html.parser")
     for tag in prose.select(_NOT_PROSE):
         tag.replace_with(" ")
@@ -145,7 +147,7 @@ def bare_numbers(page: BeautifulSoup) -> list[str]:
 
 
 def broken_links(folder: Path) -> list[str]:
-    """Every internal link and anchor of the pages under ``folder`` leads somewhere."""
+    """Find internal links and anchors of the pages under ``folder`` that lead nowhere."""
     written = [path for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts]
     pages = {path: read_page(path) for path in written}
     anchors = {path: _anchors(page) for path, page in pages.items()}
@@ -162,7 +164,7 @@ def broken_links(folder: Path) -> list[str]:
 
 
 def external_resources(page: BeautifulSoup) -> list[str]:
-    """Pages load scripts, styles and images from the book itself only."""
+    """Find scripts, styles and images that a page does not load from the book itself."""
     loaded = [tag.get("src") for tag in page.select("script[src], img[src], iframe[src]")]
     loaded += [tag.get("href") for tag in page.select("link[rel~=stylesheet], link[rel~=preload]")]
     return [f"loads {address}" for address in loaded if urlsplit(address).netloc]
@@ -186,7 +188,9 @@ def _around(text: str, hit: re.Match) -> str:
 
 
 def _anchors(page: BeautifulSoup) -> set[str]:
-    return {tag["id"] for tag in page.select("[id]")} | {tag["name"] for tag in page.select("a[name]")}
+    return {tag["id"] for tag in page.select("[id]")} | {
+        tag["name"] for tag in page.select("a[name]")
+    }
 
 
 def _internal_targets(page: BeautifulSoup) -> Iterator[str]:

@@ -88,7 +88,7 @@ def _record(page: Page, *, executed: bool) -> dict[str, Any]:
 
 
 def _prepared(notebook: NotebookNode, record: Mapping[str, Any]) -> NotebookNode:
-    """Return the notebook as the renderer needs it, with a note under the title if it lacks data."""
+    """Return what the renderer needs, with a note under the title if the page lacks its data."""
     notebook = bridge_alt_text(notebook)
     if record["missing"]:
         note = f":::{{warning}}\n{pages.missing_data_note(record['missing'])}\n:::"
