@@ -1,13 +1,16 @@
 """Simulated screens: the published generator's numbers, and truth that hangs together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
+from scipy.stats import multivariate_normal, norm, poisson
 
-from smslib import simulate
+from smslib import metrics, simulate
 
 SMALL = {"n_cells_per_condition": 20, "n_targets": 30, "n_latent": 6, "n_genes": 45}
 
@@ -120,6 +123,14 @@ def test_counts_are_poisson_around_the_decoder(released):
     assert standardised.var() == pytest.approx(1, abs=0.005)
 
 
+@pytest.mark.parametrize("as_released", [False, True])
+def test_the_jacobian_is_autograds(as_released):
+    screen = simulate.sparse_shift(**SMALL, as_released=as_released)
+    z = screen.z[:3].double()
+    expected = [torch.autograd.functional.jacobian(screen.decoder.log_rate, row).T for row in z]
+    np.testing.assert_allclose(screen.decoder.jacobian(z), torch.stack(expected), atol=1e-12)
+
+
 def test_decoder_weights_have_orthonormal_rows():
     weights = simulate.sparse_shift(**SMALL).decoder.weights
     assert [tuple(weight.shape) for weight in weights] == [(6, 40), (40, 40), (40, 40), (40, 45)]
@@ -187,6 +198,145 @@ def test_a_restricted_design_extends_back_to_the_whole():
     assert whole.conditions == names
     assert whole.targets == screen.design.targets
     assert torch.equal(whole.matrix, screen.design.matrix)
+
+
+# ---------------------------------------------------------------- linear-Gaussian toy
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return simulate.linear_gaussian(n_cells=50, n_latent=2, n_genes=5, noise=0.7, seed=1)
+
+
+def test_the_toy_is_linear_and_gaussian():
+    screen = simulate.linear_gaussian(n_cells=20_000, n_latent=2, n_genes=3, noise=0.5)
+    residual = screen.cells.counts - screen.z @ screen.decoder.loadings
+    np.testing.assert_allclose(np.cov(residual.T), 0.25 * np.eye(3), atol=0.01)
+    latent = screen.z - screen.shift[screen.cells.condition]
+    np.testing.assert_allclose(np.cov(latent.T), np.eye(2), atol=0.04)
+    assert (screen.cells.condition.bincount() == 4000).all()
+    assert ((screen.shift[1:] != 0) == screen.graph).all()
+
+
+def test_exact_evidence_is_bayes_rule_and_scipys(toy):
+    """At any z, evidence = prior * likelihood / posterior."""
+    loadings, noise = toy.decoder.loadings.numpy(), toy.decoder.noise
+    mean, covariance = simulate.exact_posterior(toy, toy.cells)
+    expected = [
+        multivariate_normal(shift, np.eye(2)).logpdf(z)
+        + norm(z @ loadings, noise).logpdf(x).sum()
+        - multivariate_normal(m, covariance).logpdf(z)
+        for shift, z, x, m in zip(
+            toy.shift[toy.cells.condition].numpy(),
+            np.random.default_rng(0).normal(size=(50, 2)),
+            toy.cells.counts.numpy(),
+            mean.numpy(),
+            strict=True,
+        )
+    ]
+    evidence = simulate.exact_log_prob(toy, toy.cells)
+    np.testing.assert_allclose(evidence, expected, rtol=1e-9)
+    marginal = multivariate_normal(cov=loadings.T @ loadings + noise**2 * np.eye(5))
+    centred = toy.cells.counts - toy.shift[toy.cells.condition] @ toy.decoder.loadings
+    np.testing.assert_allclose(evidence, marginal.logpdf(centred), rtol=1e-9)
+
+
+# ---------------------------------------------------------------- oracle
+
+
+def grid_oracle(screen, cells, log_likelihood):
+    """Integrate over one latent on a fine grid: log evidence and posterior mean."""
+    grid = torch.linspace(-14, 14, 4001, dtype=torch.float64)
+    shift = screen.shift[cells.condition, 0].double()
+    log_joint = log_likelihood(screen.decoder.log_rate(grid[:, None])) + torch.from_numpy(
+        norm(shift, 1).logpdf(grid[:, None])
+    )
+    log_evidence = torch.logsumexp(log_joint, 0)
+    mean = (torch.softmax(log_joint, 0) * grid[:, None]).sum(0)
+    return log_evidence + np.log(28 / 4000), mean
+
+
+@pytest.fixture(scope="module")
+def one_latent():
+    """Forty cells of a screen as deep as the demo's."""
+    screen = simulate.sparse_shift(
+        n_cells_per_condition=2000, n_targets=5, n_latent=1, n_genes=40, as_released=True
+    )
+    return replace(screen, cells=screen.cells[:40], z=screen.z[:40])
+
+
+def test_the_oracle_integrates(one_latent):
+    counts = one_latent.cells.counts.numpy()
+    expected, mean = grid_oracle(
+        one_latent,
+        one_latent.cells,
+        lambda log_rate: torch.from_numpy(
+            poisson(log_rate.exp().numpy()[:, None]).logpmf(counts).sum(-1)
+        ),
+    )
+    found = simulate.oracle(one_latent, one_latent.cells, n_draws=2000)
+    np.testing.assert_allclose(found.log_prob, expected, atol=0.1)
+    assert (found.log_prob - expected).mean() == pytest.approx(0, abs=0.01)
+    np.testing.assert_allclose(found.mean[:, 0], mean, atol=0.02)
+    assert (found.n_effective > 100).all()
+    assert (found.n_effective <= 2000).all()
+
+
+def test_the_floor_with_an_observed_library(one_latent):
+    """log p(x | library, c) + log Poisson(library; library), by integration."""
+    library = one_latent.cells.library.double().squeeze(-1)
+    of_library, _ = grid_oracle(
+        one_latent,
+        one_latent.cells,
+        lambda log_rate: torch.from_numpy(
+            poisson(log_rate.exp().sum(-1).numpy()[:, None]).logpmf(library.numpy())
+        ),
+    )
+    arguments = {"n_draws": 300, "seed": 2}
+    evidence = simulate.oracle_log_prob(one_latent, one_latent.cells, **arguments)
+    floor = simulate.oracle_log_prob(
+        one_latent, one_latent.cells, observed_library=True, **arguments
+    )
+    at_itself = torch.from_numpy(poisson(library.numpy()).logpmf(library.numpy()))
+    expected = evidence - of_library + at_itself
+    np.testing.assert_allclose(floor, expected, atol=0.2)
+    assert (floor - expected).mean() == pytest.approx(0, abs=0.03)
+
+
+def test_the_released_screen_has_the_known_floors_and_ceilings(released):
+    """250 cells: evidence -336.9, floor -334.6, MCC about .99, R2 about .98."""
+    cells, z = released.cells[:192], released.z[:192]
+    found = simulate.oracle(released, cells, n_draws=150, n_starts=4)
+    error = found.log_prob.std() / np.sqrt(192)
+    assert found.log_prob.mean() == pytest.approx(-336.9, abs=float(3 * error))
+    assert 0.985 < metrics.mcc(z, found.mean) < 0.995
+    assert 0.97 < metrics.linear_r2(z, found.mean) < 0.99
+
+
+def test_the_observed_library_is_worth_two_nats(released):
+    cells = released.cells[:32]
+    arguments = {"n_draws": 20, "seed": 0}
+    evidence = simulate.oracle_log_prob(released, cells, **arguments)
+    floor = simulate.oracle_log_prob(released, cells, observed_library=True, **arguments)
+    assert (floor - evidence).mean() == pytest.approx(2.3, abs=0.5)
+
+
+def test_the_oracle_depends_on_its_seed_only(one_latent):
+    state = torch.get_rng_state()
+    draws = [
+        simulate.oracle_log_prob(one_latent, one_latent.cells[:3], n_draws=20, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_oracle_answers_for_every_cell(one_latent):
+    many = one_latent.cells[torch.arange(40).repeat(2)]  # more than one chunk
+    found = simulate.oracle(one_latent, many, n_draws=500)
+    assert found.mean.shape == (80, 1)
+    np.testing.assert_allclose(found.log_prob[:40], found.log_prob[40:], atol=0.3)
 
 
 # ---------------------------------------------------------------- errors
