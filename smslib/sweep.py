@@ -211,6 +211,8 @@ def _file(root: Path, name: str) -> Path:
 def _record(task: Task, config: Config, root: Path) -> Path | None:
     """Run one configuration and write its file, or its traceback."""
     path = _file(root, run_id(config))
+    if path.exists():  # another process on the same study was faster
+        return path
     error_path = path.with_suffix(".error")
     try:
         entry = _measured(task, config)
