@@ -98,7 +98,7 @@ def test_measure_times_and_describes_the_block():
         while time.process_time() < until:
             pass
         time.sleep(0.1)
-    assert 0.15 <= provenance["wall_seconds"] < 5
+    assert 0.15 <= provenance["wall_seconds"] < 60
     assert 0.05 <= provenance["cpu_seconds"] < provenance["wall_seconds"]
     assert 10 < provenance["peak_memory_mb"] < 100_000
     assert provenance["seeds"] == [3]

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import multiprocessing
-import time
+import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pandas as pd
@@ -161,15 +161,16 @@ def test_processes_give_the_same_files(tmp_path):
 
 
 def test_without_waiting_jobs_are_handles(tmp_path):
-    def slow(config):
-        time.sleep(0.2)
+    go = threading.Event()
+
+    def held(config):
+        assert go.wait(timeout=60)
         return {"y": 1}
 
     with ThreadPoolExecutor(1) as executor:
-        start = time.perf_counter()
-        (job,) = sweep.run(slow, STUDY[:1], tmp_path, executor=executor, wait=False)
-        assert time.perf_counter() - start < 0.2
+        (job,) = sweep.run(held, STUDY[:1], tmp_path, executor=executor, wait=False)
         assert sweep.collect(tmp_path).empty
+        go.set()
         assert job.result().exists()
 
 
