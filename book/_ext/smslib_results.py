@@ -97,7 +97,9 @@ def published(folder: Path, name: str, spec: str) -> tuple[str, str, Path]:
     column, _, part = rest.partition(".")
     cell = pick(pick(entry["rows"], row, where=table), column, where=f"{table}.{row}")
     spec = spec or f".{entry['columns'][column]['digits']}f"
-    numbers = [cell[part]] if part else [cell["mean"], cell.get("sd")]
+    numbers = [cell["mean"], cell.get("sd")]
+    if part:
+        numbers = [pick(cell, part, where=f"{table}.{row}.{column}")]
     text = " ± ".join(show(float(number), spec) for number in numbers if number is not None)
     return text, f"published: {entry['source']}", path
 
@@ -114,7 +116,7 @@ class StoredValue(SphinxRole):
         name, spec = split_format(self.text)
         try:
             text, source, path = self.lookup(Path(self.env.srcdir, RESULTS), name, spec)
-        except (Unknown, ValueError, KeyError) as problem:
+        except (Unknown, ValueError) as problem:
             message = f"{self.name} role: {problem.args[0]}"
             logger.warning(message, location=self.get_location(), type="smslib", subtype="value")
             return [nodes.problematic(self.rawtext, self.rawtext)], []

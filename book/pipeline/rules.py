@@ -1,4 +1,4 @@
-"""The book's style guide: each function takes a notebook or a page and lists what breaks a rule."""
+"""The book's style guide: each function lists what breaks one rule in a notebook or a page."""
 
 import ast
 import json
