@@ -146,4 +146,4 @@ def _evaluating(model: SMSVAE) -> Iterator[None]:
 
 
 def _numpy(values: Tensor) -> np.ndarray:
-    return values.float().cpu().numpy()
+    return values.cpu().numpy()

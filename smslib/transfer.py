@@ -68,7 +68,8 @@ def extend(model: SMSVAE, design: Design) -> SMSVAE:
         slab.zero = nn.functional.pad(slab.zero, pad)
     else:
         slab.mean = nn.Parameter(nn.functional.pad(slab.mean.detach(), pad))
-    larger.prior = ShiftPrior(design.to(model.device), slab, gate)
+    like_the_model = replace(design, matrix=design.matrix.to(model.prior.dose))
+    larger.prior = ShiftPrior(like_the_model, slab, gate)
     return larger
 
 
@@ -106,7 +107,7 @@ def adapt(
     """
     larger = extend(model, design)
     new = range(model.prior.design.n_conditions, design.n_conditions)
-    _check_new(cells, design, new)
+    _check_new(cells, design, new, n_known=model.prior.design.n_targets)
     if isinstance(larger.prior.slab, NoSlab):
         return larger
     if how == "gradient":
@@ -196,7 +197,7 @@ def _adapt_by_gradient(model: SMSVAE, cells: Cells, config: TrainConfig | None) 
     return model
 
 
-def _check_new(cells: Cells, design: Design, new: range) -> None:
+def _check_new(cells: Cells, design: Design, new: range, *, n_known: int) -> None:
     """Refuse new conditions without cells, or whose shift is not a parameter of their own."""
     present = set(cells.condition.unique().tolist())
     for row in new:
@@ -206,4 +207,10 @@ def _check_new(cells: Cells, design: Design, new: range) -> None:
         if int((design.matrix[row] != 0).sum()) != 1:
             raise ValueError(
                 f"new condition {name!r} is not a single target; adapt to its targets one by one"
+            )
+        target = int(design.matrix[row].argmax())
+        if target < n_known:
+            raise ValueError(
+                f"new condition {name!r} perturbs {design.targets[target]!r}, which the model "
+                "knows already; only new targets have a shift to learn"
             )

@@ -1,0 +1,254 @@
+"""Transfer: what is frozen stays frozen, and the closed form is where the gradient vanishes."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from smslib import simulate
+from smslib.data import Cells, Design, split_cells
+from smslib.distributions import kl_to_shifted_normal
+from smslib.evaluate import iwelbo, latents
+from smslib.model import SMSVAE
+from smslib.train import TrainConfig, fit
+from smslib.transfer import adapt, binarise, extend, protocol
+
+N_GENES, N_LATENT = 7, 3
+DESIGN = Design.single_target(["a", "b"])
+LARGER = DESIGN.extend(["c", "d"])
+
+
+def make_model(method="svae+", *, dtype=torch.float64, **options):
+    model = SMSVAE.preset(method, DESIGN, N_GENES, n_latent=N_LATENT, n_hidden=8, **options)
+    if method == "svae+":
+        with torch.no_grad():
+            model.prior.gate.logit.copy_(torch.tensor([[4.0, -4.0, 0.3], [-0.3, 2.0, -2.0]]))
+    return model.to(dtype).eval()
+
+
+def make_cells(conditions, *, n_each=20, dtype=torch.float64):
+    rng = np.random.default_rng(0)
+    condition = torch.tensor(conditions).repeat_interleave(n_each)
+    counts = rng.poisson(5.0, (len(condition), N_GENES)) + 1
+    return Cells(torch.from_numpy(counts).to(dtype), condition)
+
+
+NEW = make_cells([3, 4])
+
+
+def same(first, second):
+    return all(torch.equal(a, second[name]) for name, a in first.items())
+
+
+def networks(model):
+    """Everything but the prior; the counter of batches that batch norm keeps has no effect."""
+    state = model.state_dict().items()
+    return {k: v for k, v in state if not k.startswith("prior.") and "num_batches" not in k}
+
+
+# ---------------------------------------------------------------- binarise
+
+
+def test_binarised_gates_are_the_graph_and_the_original_is_untouched():
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    fixed = binarise(model)
+    by_hand = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    assert torch.equal(fixed.prior.gate(), by_hand)
+    assert same(before, model.state_dict())
+    assert same(networks(model), networks(fixed))
+
+
+def test_binarised_model_charges_nothing_and_has_certain_shifts():
+    fixed = binarise(make_model())
+    assert float(fixed.prior.penalty()) == 0.0
+    assert torch.equal(fixed.prior().variance, torch.zeros(3, N_LATENT, dtype=torch.float64))
+    assert fixed.estimator == "expected"
+
+
+def test_threshold_moves_the_cut():
+    model = make_model()
+    assert int(binarise(model, threshold=0.6).prior.gate().sum()) == 2
+    assert int(binarise(model, threshold=0.4).prior.gate().sum()) == 4
+
+
+# ---------------------------------------------------------------- extend
+
+
+def test_extended_model_knows_the_old_and_expects_nothing_of_the_new():
+    model = make_model()
+    larger = extend(model, LARGER)
+    old, new = larger.prior.mode()[:3], larger.prior.mode()[3:]
+    assert torch.equal(old, model.prior.mode())
+    assert torch.equal(new, torch.zeros(2, N_LATENT, dtype=torch.float64))
+    assert torch.equal(larger.prior.gate()[2:], torch.ones(2, N_LATENT, dtype=torch.float64))
+
+
+def test_a_design_that_does_not_begin_with_the_known_one_is_refused():
+    with pytest.raises(ValueError, match=r"make it with model\.prior\.design\.extend"):
+        extend(make_model(), Design.single_target(["b", "a", "c"]))
+
+
+# ---------------------------------------------------------------- adapt: the closed form
+
+
+def kl_of(model, cells):
+    q = model.encode(cells.counts)
+    shift = model.prior.of(cells.condition, "expected")
+    return kl_to_shifted_normal(q.mean, q.variance, shift).sum()
+
+
+def slab_gradient(model, cells):
+    mean = model.prior.slab.mean
+    return torch.autograd.grad(kl_of(model, cells), mean)[0]
+
+
+def test_closed_form_is_where_autograd_finds_no_gradient():
+    model = make_model()
+    adapted = adapt(model, NEW, design=LARGER)
+    before = slab_gradient(extend(model, LARGER), NEW)
+    assert before[2:].abs().max() > 0.1
+    assert slab_gradient(adapted, NEW).abs().max() < 1e-10
+
+
+def test_a_dose_divides_the_shift():
+    doubled = Design(LARGER.conditions, LARGER.targets, LARGER.matrix.clone())
+    doubled.matrix[3, 2] = 2.0
+    single = adapt(make_model(), NEW, design=LARGER).prior.slab()
+    double = adapt(make_model(), NEW, design=doubled).prior.slab()
+    torch.testing.assert_close(2.0 * double[2], single[2])
+    torch.testing.assert_close(double[3], single[3])
+
+
+def test_gradient_descent_arrives_at_the_closed_form():
+    cells = make_cells([3, 4], dtype=torch.float32)
+    model = make_model(dtype=torch.float32)
+    config = TrainConfig(epochs=100, learning_rate=0.1, batch_size=len(cells), warmup_epochs=0)
+    closed = adapt(model, cells, design=LARGER)
+    descended = adapt(model, cells, design=LARGER, how="gradient", config=config)
+    torch.testing.assert_close(
+        descended.prior.slab()[2:], closed.prior.slab()[2:], rtol=0.02, atol=5e-3
+    )
+
+
+def test_dropout_and_batch_norm_bias_the_released_way():
+    cells = make_cells([3, 4], n_each=40, dtype=torch.float32)
+    model = make_model(dtype=torch.float32, norm="batch", dropout=0.5)
+    fit(model, make_cells([0, 1, 2], dtype=torch.float32), TrainConfig(epochs=3))
+    config = TrainConfig(epochs=30, learning_rate=0.1, batch_size=40, warmup_epochs=0)
+    closed = adapt(model, cells, design=LARGER)
+    descended = adapt(model, cells, design=LARGER, how="gradient", config=config)
+    assert kl_of(closed, cells) < kl_of(descended, cells)
+
+
+# ---------------------------------------------------------------- leakage
+
+
+@pytest.mark.parametrize("how", ["closed-form", "gradient"])
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_adapting_changes_nothing_that_was_known(how, norm):
+    model = make_model(dtype=torch.float32, norm=norm)
+    cells = make_cells([3, 4], dtype=torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    known = make_cells([0, 1, 2], dtype=torch.float32)
+    short = TrainConfig(epochs=3, warmup_epochs=0)
+    adapted = adapt(model, cells, design=LARGER, how=how, config=short)
+    assert same(before, model.state_dict())
+    assert same(networks(model), networks(adapted))
+    assert torch.equal(adapted.prior.mode()[:3], model.prior.mode())
+    assert adapted.prior.mode()[3:].abs().sum() > 0
+    np.testing.assert_array_equal(latents(adapted, known), latents(model, known))
+
+
+def test_each_shift_comes_from_its_own_cells_only():
+    both = adapt(make_model(), NEW, design=LARGER).prior.slab()
+    other = Cells(NEW.counts.clone(), NEW.condition)
+    other.counts[NEW.condition == 4] += 9
+    changed = adapt(make_model(), other, design=LARGER).prior.slab()
+    assert torch.equal(both[2], changed[2])
+    assert not torch.equal(both[3], changed[3])
+
+
+def test_a_model_without_shifts_has_nothing_to_learn():
+    adapted = adapt(make_model("vae"), NEW, design=LARGER)
+    assert torch.equal(adapted.prior.mode(), torch.zeros(5, N_LATENT, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_a_new_condition_without_cells_is_named():
+    with pytest.raises(ValueError, match="'d' has no cells to learn its shift from"):
+        adapt(make_model(), NEW.of(torch.tensor([3])), design=LARGER)
+
+
+def test_a_new_combination_is_refused():
+    combined = Design(LARGER.conditions, LARGER.targets, LARGER.matrix.clone())
+    combined.matrix[4, 0] = 1.0
+    with pytest.raises(ValueError, match="'d' is not a single target.*one by one"):
+        adapt(make_model(), NEW, design=combined)
+
+
+def test_a_new_condition_of_a_known_target_is_refused():
+    again = Design(
+        (*DESIGN.conditions, "a, again"), DESIGN.targets, torch.eye(3)[[0, 1, 2, 1]][:, 1:]
+    )
+    with pytest.raises(ValueError, match="'a, again' perturbs 'a', which the model knows"):
+        adapt(make_model(), make_cells([3]), design=again)
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+@pytest.fixture(scope="module")
+def stages():
+    screen = simulate.sparse_shift(
+        n_cells_per_condition=30, n_targets=8, n_latent=3, n_genes=40, seed=0
+    )
+    trained = simulate.restrict(screen, screen.design.conditions[1:7])
+    model = SMSVAE.preset("svae+", trained.design, 40, n_latent=3, sparsity=3.0)
+    config = TrainConfig(epochs=20, batch_size=60)
+    fit(model, trained.cells, config)
+    design = trained.design.extend(["6", "7"])
+    held = screen.cells.of(torch.tensor([7, 8]))
+    adaptation, scoring = split_cells(held, (0.5, 0.5), seed=0)
+    adapted, table = protocol(
+        model,
+        trained.cells,
+        config=config,
+        validation=None,
+        adaptation=adaptation,
+        scoring=scoring,
+        design=design,
+        n_draws=50,
+    )
+    return model, adapted, table, scoring
+
+
+def test_protocol_scores_every_stage_on_every_held_out_condition(stages):
+    _, _, table, _ = stages
+    assert table["stage"].unique().tolist() == ["trained", "binarised", "refitted", "adapted"]
+    assert table.groupby("stage")["condition"].apply(list).tolist() == [["6", "7"]] * 4
+    assert (table["n"] == 15).all()
+    assert {"elbo", "iwelbo", "standard_error"} <= set(table)
+
+
+def test_protocol_scores_with_the_model_it_returns(stages):
+    _, adapted, table, scoring = stages
+    last = table[table["stage"] == "adapted"].set_index("condition")["iwelbo"]
+    per_cell = iwelbo(adapted, scoring, n_draws=50)
+    by_hand = [per_cell[scoring.condition == row].mean() for row in (7, 8)]
+    np.testing.assert_allclose(last.to_numpy(), by_hand, rtol=1e-6)
+
+
+def test_adapting_helps_cells_it_has_not_seen(stages):
+    _, _, table, _ = stages
+    score = table.pivot_table(index="condition", columns="stage", values="iwelbo", observed=True)
+    assert (score["adapted"] > score["refitted"]).all()
+
+
+def test_refitting_moves_the_networks_but_not_the_graph(stages):
+    model, adapted, _, _ = stages
+    assert torch.equal(adapted.prior.graph()[:6], model.prior.graph())
+    assert not same(networks(model), networks(adapted))
