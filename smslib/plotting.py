@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +30,7 @@ __all__ = [
     "graph",
     "history",
     "ledger",
+    "levels",
     "look",
     "matching",
     "panels",
@@ -132,7 +133,7 @@ def scores(
     values: Mapping[str, ArrayLike],
     *,
     label: str,
-    paper: Mapping[str, float] | None = None,
+    paper: Mapping[str, float | tuple[float, float]] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a dot per run, with mean and 95 % interval, for each method.
@@ -145,7 +146,8 @@ def scores(
     label : str
         The score and its unit.
     paper : dict, optional
-        Method to published value: an open diamond.
+        Method to published value, or to its mean and standard deviation: an open diamond, with a
+        bar of one standard deviation to either side.
     ax : Axes, optional
 
     Returns
@@ -158,10 +160,7 @@ def scores(
     for place, method in enumerate(methods):
         _column(ax, place, look(method), np.asarray(values.get(method, ()), dtype=float))
     if paper:
-        places = [methods.index(method) + 0.25 for method in paper]
-        diamond = {"marker": "D", "facecolors": "white", "edgecolors": "black", "linewidths": 0.9}
-        ax.scatter(places, list(paper.values()), s=24, label="paper", zorder=3, **diamond)
-        ax.legend(loc="best", handletextpad=0.2)
+        _diamonds(ax, [methods.index(method) + 0.25 for method in paper], paper.values())
     ax.set_xticks(range(len(methods)), [look(method).label for method in methods])
     ax.set_xlim(-0.6, len(methods) - 0.4)
     ax.set_ylabel(label)
@@ -402,6 +401,33 @@ def scatter(
     return ax
 
 
+@style()
+def levels(values: Mapping[str, float], *, ax: Axes) -> Axes:
+    """Draw reference values, such as a floor and a ceiling, as named horizontal lines.
+
+    Parameters
+    ----------
+    values : dict
+        Name to value.
+    ax : Axes
+        With the scores that the lines belong to.
+
+    Returns
+    -------
+    Axes
+    """
+    for name, value in values.items():
+        colour = look(name).colour if name in LOOKS else "#666666"
+        ax.axhline(value, color=colour, linestyle="--", linewidth=1, zorder=1)
+        place = {
+            "xytext": (2, 2),
+            "textcoords": "offset points",
+            "xycoords": ("axes fraction", "data"),
+        }
+        ax.annotate(name, (0, value), color=colour, fontsize=7.5, **place)
+    return ax
+
+
 def show(figure: Figure | Axes, *, alt: str) -> None:
     """Display a figure in a notebook, together with its alternative text.
 
@@ -460,6 +486,17 @@ def _column(ax: Axes, place: int, drawn: Look, values: np.ndarray) -> None:
     mean, half_width = values.mean(), _half_width(values)
     bar = {"color": "black", "capsize": 3, "elinewidth": 1, "zorder": 3}
     ax.errorbar([place], [mean], yerr=[half_width], marker="_", markersize=11, **bar)
+
+
+def _diamonds(
+    ax: Axes, places: Sequence[float], published: Iterable[float | tuple[float, float]]
+) -> None:
+    """Draw published values, with their standard deviations where they are given."""
+    means, spreads = np.array([(*np.atleast_1d(value), 0.0)[:2] for value in published]).T
+    ax.vlines(places, means - spreads, means + spreads, colors="black", linewidth=0.9)
+    diamond = {"marker": "D", "facecolors": "white", "edgecolors": "black", "linewidths": 0.9}
+    ax.scatter(places, means, s=24, label="paper", zorder=3, **diamond)
+    ax.legend(loc="best", handletextpad=0.2)
 
 
 def _half_width(values: np.ndarray, level: float = 0.95) -> float:

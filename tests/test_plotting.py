@@ -7,7 +7,7 @@ import sys
 import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgb
 from scipy import stats
 
@@ -90,6 +90,28 @@ def test_scores_show_every_run_mean_interval_and_paper():
 
 def test_scores_without_paper_have_no_legend():
     assert plotting.scores({"vae": [1.0]}, label="R²").get_legend() is None
+
+
+def test_scores_show_the_published_spread():
+    paper = {"vae": (0.4, 0.1), "svae+": 0.9}
+    ax = plotting.scores({"vae": [0.5]}, label="MCC", paper=paper)
+    (published,) = [points for points in ax.collections if points.get_label() == "paper"]
+    assert published.get_offsets()[:, 1].tolist() == [0.4, 0.9]
+    (whiskers,) = [drawn for drawn in ax.collections if isinstance(drawn, LineCollection)][-1:]
+    heights = [segment[:, 1].tolist() for segment in whiskers.get_segments()]
+    assert heights == [pytest.approx([0.3, 0.5]), [0.9, 0.9]]
+
+
+def test_levels_are_named_lines():
+    ax = plotting.scores({"vae": [0.5]}, label="MCC")
+    before = len(ax.lines)
+    plotting.levels({"oracle": 0.9, "floor": 0.4}, ax=ax)
+    assert [line.get_ydata()[0] for line in ax.lines[before:]] == [0.9, 0.4]
+    assert [line.get_color() for line in ax.lines[before:]] == ["#000000", "#666666"]
+    assert [(text.get_text(), text.xy[1]) for text in ax.texts] == [
+        ("oracle", 0.9),
+        ("floor", 0.4),
+    ]
 
 
 def test_dots_of_one_method_do_not_hide_each_other():
