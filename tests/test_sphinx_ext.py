@@ -4,9 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import smslib_mathjax as mathjax
+import smslib_offline as offline
 import smslib_provenance as provenance
 import smslib_results as results
 from bs4 import BeautifulSoup
@@ -43,7 +44,7 @@ table1:
 CONF = """
 import sys
 sys.path.insert(0, {ext!r})
-extensions = ["myst_nb", "smslib_results", "smslib_provenance", "smslib_mathjax"]
+extensions = ["myst_nb", "smslib_results", "smslib_provenance", "smslib_offline"]
 nb_execution_mode = "off"
 html_theme = "basic"
 exclude_patterns = ["out", "again", "jupyter_execute"]
@@ -299,9 +300,23 @@ def test_formulas_are_set_by_a_copy_that_comes_with_the_book(site):
     assert (site / "out/_static/mathjax/output/chtml/fonts/woff-v2").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("script", "thebe"),
+    [
+        (SimpleNamespace(filename=None, attributes={"body": 'const THEBE_JS_URL = "x"'}), True),
+        (SimpleNamespace(filename="_static/sphinx-thebe.js", attributes={}), True),
+        (SimpleNamespace(filename=None, attributes={"body": "window.MathJax = {}"}), False),
+        (SimpleNamespace(filename="_static/doctools.js", attributes={}), False),
+        ("_static/doctools.js", False),
+    ],
+)
+def test_only_thebes_scripts_are_dropped(script, thebe):
+    assert offline.is_thebe(script) == thebe
+
+
 def test_mathjax_is_copied_once(tmp_path):
-    mathjax.copy_mathjax(mathjax.mathjax_folder(), tmp_path)
+    offline.copy_mathjax(offline.mathjax_folder(), tmp_path)
     (tmp_path / "tex-chtml.js").write_text("mine")
-    mathjax.copy_mathjax(mathjax.mathjax_folder(), tmp_path)
+    offline.copy_mathjax(offline.mathjax_folder(), tmp_path)
     assert (tmp_path / "tex-chtml.js").read_text() == "mine"
     assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) < 3_000_000

@@ -1,4 +1,4 @@
-"""Typeset formulas without a network: ship MathJax with the book instead of linking to it."""
+"""Keep pages whole without a network: ship MathJax, drop what would run cells on a server."""
 
 import shutil
 from importlib import metadata
@@ -33,12 +33,27 @@ def _copy(app: Sphinx, problem: Exception | None) -> None:
         copy_mathjax(mathjax_folder(), Path(app.outdir, "_static", "mathjax"))
 
 
+def is_thebe(script: Any) -> bool:  # noqa: ANN401
+    """Whether a script belongs to sphinx-thebe, which Jupyter Book loads even when it is off.
+
+    It declares its constants twice and so puts an error on the console of every page.
+    """
+    if "THEBE_JS_URL" in (getattr(script, "attributes", {}).get("body") or ""):
+        return True
+    return "sphinx-thebe" in str(getattr(script, "filename", script) or "")
+
+
+def _drop_thebe(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
+    context["script_files"][:] = [s for s in context["script_files"] if not is_thebe(s)]
+
+
 def _configure(app: Sphinx, config: Any) -> None:  # noqa: ANN401
     config.mathjax_path = "mathjax/tex-chtml.js"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Point Sphinx at the local copy and make it when the pages are written."""
+    """Point Sphinx at the local copy of MathJax, made when the pages are written."""
     app.connect("config-inited", _configure)
     app.connect("build-finished", _copy)
+    app.connect("html-page-context", _drop_thebe, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
