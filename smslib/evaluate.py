@@ -7,7 +7,10 @@ they were, and returns plain arrays with one value per cell.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["by_condition", "elbo", "iwelbo", "latents"]
 
-# Draws times cells per chunk: the activations of one chunk fit a core's cache.
-_ROWS_PER_CHUNK = 4096
+# A chunk's activations (draws x genes) fit a core's cache, and are enough for a matrix product.
+_FLOATS_PER_CHUNK, _SMALLEST_CHUNK = 2**17, 128
 
 
 def elbo(
@@ -67,9 +70,9 @@ def iwelbo(
 
     .. math:: \log \frac1T \sum_t \frac{p(x, z_t | c)}{q(z_t | x)}, \quad z_t \sim q(z | x)
 
-    at the modal graph (gates open or shut). A cell is encoded once; draws are decoded in chunks
-    and their weights folded into a running logsumexp. The released code encodes and decodes anew
-    for every draw.
+    at the modal graph (gates open or shut). A cell is encoded once; its draws are decoded in
+    chunks and their weights folded into a running logsumexp. The released code encodes and
+    decodes anew for every draw.
 
     Parameters
     ----------
@@ -78,9 +81,10 @@ def iwelbo(
     n_draws : int
         T. The paper says 5,000; the released code uses 1,000.
     batch_size : int
-        Cells encoded together.
+        Cells encoded together, by one of torch's threads.
     seed : int
-        Of the draws.
+        Of the draws. Those of a cell depend on the seed and its position alone, not on the size
+        of batches or the number of threads.
 
     Raises
     ------
@@ -89,12 +93,11 @@ def iwelbo(
     """
     if n_draws < 1:
         raise ValueError(f"n_draws is {n_draws}; expected at least one draw")
-    with _evaluating(model), seeded(seed):
-        shifts = model.prior.mode()
-        parts = [
-            _bound(model, batch, shifts, n_draws) for batch in minibatches(cells, batch_size)
-        ]
-    return _numpy(torch.cat(parts))
+    seeds = np.random.SeedSequence(seed).generate_state(len(cells)).tolist()
+    parts = [slice(start, start + batch_size) for start in range(0, len(cells), batch_size)]
+    with _evaluating(model), _workers(cells.device) as pool:
+        jobs = [pool.submit(_bounds, model, cells[part], seeds[part], n_draws) for part in parts]
+        return _numpy(torch.cat([job.result() for job in jobs]))
 
 
 def by_condition(
@@ -113,37 +116,67 @@ def by_condition(
     return table.set_axis(["mean", "standard_error", "n"], axis=1).rename_axis("condition")
 
 
-def _bound(model: SMSVAE, batch: Cells, shifts: Tensor, n_draws: int) -> Float[Tensor, " cell"]:
-    """Return the bound of one batch, chunk by chunk of draws."""
-    q = model.encode(batch.counts)
-    shift = shifts[batch.condition]
-    step = max(1, _ROWS_PER_CHUNK // len(batch))
-    total = q.mean.new_full((len(batch),), -torch.inf)
-    for start in range(0, n_draws, step):
-        weights = _log_weights(model, batch, q, shift, min(step, n_draws - start))
-        total = torch.logaddexp(total, weights.logsumexp(0))
-    return total - np.log(n_draws)
+@torch.inference_mode()  # which each thread has to enter for itself
+def _bounds(
+    model: SMSVAE, batch: Cells, seeds: Sequence[int], n_draws: int
+) -> Float[Tensor, " cell"]:
+    """Return the bound of every cell of a batch."""
+    q, shift = model.encode(batch.counts), model.prior.mode()[batch.condition]
+    likelihood, generator = model.likelihood(batch), torch.Generator(batch.device)
+    step = max(_SMALLEST_CHUNK, _FLOATS_PER_CHUNK // model.n_genes)
+    bounds = []
+    for cell, seed in enumerate(seeds):
+        generator.manual_seed(seed)
+        noise = torch.randn(n_draws, q.mean.shape[-1], generator=generator, device=batch.device)
+        log_likelihood = functools.partial(likelihood.at, cell)
+        bounds.append(_bound(log_likelihood, q.at(cell), shift[cell], noise.to(q.mean), step))
+    return torch.stack(bounds)
 
 
-def _log_weights(
-    model: SMSVAE, batch: Cells, q: Moments, shift: Tensor, n_draws: int
-) -> Float[Tensor, "draw cell"]:
-    """Return log p(x, z | c) - log q(z | x) for fresh draws of z."""
-    noise = torch.randn(n_draws, *q.mean.shape, device=q.mean.device, dtype=q.mean.dtype)
-    z = q.mean + q.variance.sqrt() * noise
-    log_ratio = 0.5 * (noise.square() - (z - shift).square() + q.variance.log()).sum(-1)
-    return log_ratio + model.log_likelihood(z, batch)
+def _bound(
+    log_likelihood: Callable[[Tensor], Tensor],
+    q: Moments,
+    shift: Float[Tensor, " latent"],
+    noise: Float[Tensor, "draw latent"],
+    step: int,
+) -> Float[Tensor, ""]:
+    """Return the bound of one cell: log mean p(x, z | c) / q(z | x), ``step`` draws at a time."""
+    total = noise.new_tensor(-math.inf)
+    for part in noise.split(step):
+        z = torch.addcmul(q.mean, q.variance.sqrt(), part)
+        log_ratio = 0.5 * (part.square() - (z - shift).square()).sum(-1)
+        total = torch.logaddexp(total, (log_likelihood(z) + log_ratio).logsumexp(0))
+    return total + 0.5 * q.variance.log().sum() - math.log(len(noise))
+
+
+@contextlib.contextmanager
+def _workers(device: torch.device) -> Iterator[Executor]:
+    """Yield as many threads as torch may use, and one core to each while they work.
+
+    Cells are independent of each other, so that whole cells are shared out rather than the rows
+    of one small matrix product: no thread waits for another.
+    """
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads if device.type == "cpu" else 1) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 @contextlib.contextmanager
 def _evaluating(model: SMSVAE) -> Iterator[None]:
     """Switch to eval mode without gradients, and back."""
-    training = model.training
+    modes = [(part, part.training) for part in model.modules()]
     model.eval()
-    with torch.inference_mode():
-        yield
-    model.train(training)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _numpy(values: Tensor) -> np.ndarray:
-    return values.cpu().numpy()
+    return values.float().cpu().numpy()

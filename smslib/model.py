@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +21,7 @@ from smslib.data import Cells, Design, seeded
 from smslib.distributions import Moments, NegativeBinomial, kl_to_shifted_normal
 from smslib.priors import GATES, METHODS, SLABS, Estimator, ShiftPrior
 
-__all__ = ["SMSVAE", "Terms"]
+__all__ = ["SMSVAE", "Likelihood", "Terms"]
 
 Norm = Literal["batch", "layer", "none"]
 Activation = Literal["relu", "leaky_relu"]
@@ -36,6 +38,60 @@ class Terms(NamedTuple):
     """KL(q(z | x) || p(z | c)), gates integrated out or drawn, nats."""
     penalty: Float[Tensor, ""]
     """Sparsity, nats over the whole screen."""
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    r"""log p(x | z) of given cells, prepared for many draws of z: ``decode(z).log_prob`` fast.
+
+    .. math::
+        \sum_g x_g \log\tfrac{\mu_g}{\theta_g}
+        - (x_g + \theta_g) \log(1 + \tfrac{\mu_g}{\theta_g})
+        + \log\tfrac{\Gamma(x_g + \theta_g)}{\Gamma(\theta_g) x_g!}
+
+    The first sum is linear in the last hidden layer, so the genes are summed out before the draws
+    are made; the last term depends on no draw. Two transcendental functions per draw and gene
+    remain. Made by `SMSVAE.likelihood`.
+
+    Parameters
+    ----------
+    hidden : Module
+        The decoder without its last layer.
+    weight, offset : Tensor, (n_genes, n_hidden) and (n_genes,)
+        Last layer, for the log of mean over theta.
+    theta : Tensor, (n_genes,)
+    library : Tensor, (n_cells,)
+        UMIs.
+    slope : Tensor, (n_cells, n_hidden)
+        Counts times ``weight``.
+    exponent : Tensor, (n_cells, n_genes)
+        Counts plus theta.
+    constant : Tensor, (n_cells,)
+        What depends on no draw, nats.
+    """
+
+    hidden: nn.Module
+    weight: Float[Tensor, "gene hidden"]
+    offset: Float[Tensor, " gene"]
+    theta: Float[Tensor, " gene"]
+    library: Float[Tensor, " cell"]
+    slope: Float[Tensor, "cell hidden"]
+    exponent: Float[Tensor, "cell gene"]
+    constant: Float[Tensor, " cell"]
+
+    def at(self, cell: int, z: Float[Tensor, "draw latent"]) -> Float[Tensor, " draw"]:
+        """Return log p(x | z) of one cell at every draw, nats.
+
+        Not differentiable: it works in place.
+        """
+        library, hidden = self.library[cell], self.hidden(z)
+        logits = nn.functional.linear(hidden, self.weight, self.offset)
+        top = logits.amax(-1)
+        odds = logits.sub_(top.unsqueeze(-1)).exp_()
+        scale = library / (odds @ self.theta)
+        spread = odds.mul_(scale.unsqueeze(-1)).log1p_() @ self.exponent[cell]
+        linear = hidden @ self.slope[cell] + library * (scale.log() - top)
+        return self.constant[cell] + linear - spread
 
 
 class SMSVAE(nn.Module):
@@ -155,33 +211,24 @@ class SMSVAE(nn.Module):
         self, z: Float[Tensor, "*draw cell latent"], library: Float[Tensor, "cell 1"]
     ) -> NegativeBinomial:
         """Return p(x | z, library); it takes no condition, by design."""
-        log_rate = self.genes(self._hidden(z)).log_softmax(-1)
+        log_rate = self.genes(self.decoder(z)).log_softmax(-1)
         return NegativeBinomial(log_rate + library.log(), self.log_theta)
 
-    def log_likelihood(
-        self, z: Float[Tensor, "draw cell latent"], cells: Cells
-    ) -> Float[Tensor, "draw cell"]:
-        r"""Return log p(x | z) of every draw and cell, nats: ``decode(z).log_prob`` made fast.
-
-        .. math::
-            \sum_g x_g \log\tfrac{\mu_g}{\theta_g}
-            - (x_g + \theta_g) \log(1 + \tfrac{\mu_g}{\theta_g})
-            + \log\tfrac{\Gamma(x_g + \theta_g)}{\Gamma(\theta_g) x_g!}
-
-        The first sum is linear in the last hidden layer, so the genes are summed out before the
-        draws are made; the last term depends on no draw. Two transcendental functions per draw,
-        cell and gene remain. Not differentiable: it works in place.
-        """
-        x, library = cells.counts, cells.library.squeeze(-1)
-        theta, offset = self.log_theta.exp(), self.genes.bias - self.log_theta
-        hidden = self._hidden(z)
-        logits = nn.functional.linear(hidden, self.genes.weight, offset)
-        linear = _dot(hidden, x @ self.genes.weight) + x @ offset
-        top = logits.amax(-1)
-        odds = logits.sub_(top.unsqueeze(-1)).exp_()
-        scale = library / (odds @ theta)
-        spread = _dot(odds.mul_(scale.unsqueeze(-1)).log1p_(), x + theta)
-        return linear + library * (scale.log() - top) - spread + _log_binomial(x, theta)
+    @torch.no_grad()
+    def likelihood(self, cells: Cells) -> Likelihood:
+        """Return log p(x | z) of the cells, prepared for many draws of z; without gradients."""
+        x, theta = cells.counts, self.log_theta.exp()
+        offset = self.genes.bias - self.log_theta
+        return Likelihood(
+            hidden=self.decoder,
+            weight=self.genes.weight,
+            offset=offset,
+            theta=theta,
+            library=cells.library.squeeze(-1),
+            slope=x @ self.genes.weight,
+            exponent=x + theta,
+            constant=x @ offset + _log_binomial(x, theta),
+        )
 
     def forward(self, cells: Cells) -> Terms:
         """Return the terms of the ELBO (paper, eq. 12) at one draw of z per cell."""
@@ -192,10 +239,6 @@ class SMSVAE(nn.Module):
         reconstruction = x_given_z.log_prob(cells.counts).sum(-1)
         kl = kl_to_shifted_normal(q.mean, q.variance, shift).sum(-1)
         return Terms(reconstruction, kl, self.prior.penalty())
-
-    def _hidden(self, z: Float[Tensor, "*draw cell latent"]) -> Float[Tensor, "*draw cell n"]:
-        """Return the decoder's last hidden layer; batch normalisation wants two dimensions."""
-        return self.decoder(z.reshape(-1, z.shape[-1])).reshape(*z.shape[:-1], -1)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
@@ -256,7 +299,7 @@ def _mlp(widths: list[int], norm: Norm, dropout: float, activation: Activation) 
     layers = []
     for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
         layers += [nn.Linear(n_in, n_out), *_normalisation(norm, n_out)]
-        layers += [nn.LeakyReLU(_LEAK) if activation == "leaky_relu" else nn.ReLU()]
+        layers += [_rectifier(activation)]
         layers += [nn.Dropout(dropout)] if dropout else []
     return nn.Sequential(*layers)
 
@@ -272,10 +315,13 @@ def _normalisation(norm: Norm, width: int) -> list[nn.Module]:
     return kinds[norm]()
 
 
-def _dot(
-    draws: Float[Tensor, "draw cell n"], weights: Float[Tensor, "cell n"]
-) -> Float[Tensor, "draw cell"]:
-    return torch.bmm(draws.transpose(0, 1), weights.unsqueeze(-1)).squeeze(-1).T
+def _rectifier(activation: Activation) -> nn.Module:
+    """Return the activation; in place, because a linear map does not need its output."""
+    if activation == "leaky_relu":
+        return nn.LeakyReLU(_LEAK, inplace=True)
+    if activation == "relu":
+        return nn.ReLU(inplace=True)
+    raise ValueError(f"activation is {activation!r}; expected 'leaky_relu' or 'relu'")
 
 
 def _log_binomial(
@@ -290,7 +336,7 @@ def _log_binomial(
     return terms.sum(-1).to(x)
 
 
-def _move_in(path: Path, write: object) -> None:
+def _move_in(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".part")
     write(temporary)
     os.replace(temporary, path)
