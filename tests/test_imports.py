@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "perturbseq": {"data"},
     "estimator": set(CHAIN) - {"benchmark"} | ALONE,
     "benchmark": set(CHAIN) | ALONE | {"simulate", "perturbseq"},
+    "screens": set(CHAIN) | ALONE | {"perturbseq"},
 }
 CHATTY = {"print", "breakpoint", "input", "exec", "eval"}
 GLOBAL_STATE = (

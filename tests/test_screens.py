@@ -1,0 +1,182 @@
+"""The case study on a real screen, on a small stand-in with the real names."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+
+from smslib import perturbseq, screens, store, sweep
+from smslib.data import Cells, Design, split_cells
+from smslib.model import SMSVAE
+from smslib.train import TrainConfig, fit
+
+TARGETS = sorted([*screens.PATHWAY, *screens.nulls()])
+N_GENES, N_EACH = 12, 20
+
+
+def make_adata():
+    """The pathway lowers the first three genes; replicate 3 is deeper in the last one."""
+    rng = np.random.default_rng(0)
+    target = np.repeat([perturbseq.CONTROL, *TARGETS], N_EACH)
+    replicate = np.tile(["rep_2", "rep_3"], len(target) // 2)
+    rate = np.full((len(target), N_GENES), 8.0)
+    rate[np.isin(target, screens.PATHWAY), :3] = 1.0
+    rate[replicate == "rep_3", -1] *= 3
+    obs = pd.DataFrame({"target": target, "replicate": pd.Categorical(replicate)})
+    obs.index = [f"cell{number}" for number in range(len(obs))]
+    return AnnData(X=rng.poisson(rate), obs=obs)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr(screens, "prepare", lambda *, replicates: (make_adata(), {}))
+
+
+# ---------------------------------------------------------------- small parts
+
+
+def test_shuffled_labels_are_a_permutation_that_leaves_the_counts():
+    cells = Cells(torch.arange(12.0).reshape(6, 2), torch.tensor([0, 0, 1, 1, 2, 2]))
+    shuffled = screens.shuffle_labels(cells, seed=0)
+    assert torch.equal(shuffled.counts, cells.counts)
+    assert torch.equal(shuffled.condition.sort().values, cells.condition)
+    assert not torch.equal(shuffled.condition, cells.condition)
+    assert torch.equal(shuffled.condition, screens.shuffle_labels(cells, seed=0).condition)
+
+
+def test_shifts_are_zero_where_the_gate_is_shut():
+    model = SMSVAE.preset("svae+", Design.single_target(["a"]), 3, n_latent=2, n_hidden=4)
+    with torch.no_grad():
+        model.prior.gate.logit.copy_(torch.tensor([[3.0, -3.0]]))
+    expected = [[float(model.prior.slab.mean[0, 0].detach()), 0.0]]
+    np.testing.assert_allclose(screens.shifts(model), expected)
+
+
+def test_replicate_correlation_by_hand():
+    replicate = np.array(["x", "x", "y", "z"])
+    codes = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    found = screens.replicate_correlation(codes, replicate)
+    # The first latent is membership in x itself; the second is in y never and in z always.
+    np.testing.assert_allclose(found, [1.0, np.sqrt(1 / 3)], atol=1e-12)
+
+
+def test_left_out_target_moves_to_the_end_and_keeps_its_cells():
+    design = Design.single_target(["a", "b", "c"])
+    cells = Cells(torch.arange(8.0).reshape(8, 1), torch.tensor([0, 1, 2, 3, 3, 2, 1, 0]))
+    known, held, larger = screens.leave_out(cells, design, "b")
+    assert larger.conditions == ("control", "a", "c", "b")
+    assert known.counts.ravel().tolist() == [0, 1, 3, 4, 6, 7]
+    assert known.condition.tolist() == [0, 1, 2, 2, 1, 0]
+    assert (held.counts.ravel().tolist(), held.condition.tolist()) == ([2, 5], [3, 3])
+
+
+def test_leaving_out_an_unknown_target_names_the_known():
+    cells = Cells(torch.ones(2, 1), torch.tensor([0, 1]))
+    with pytest.raises(KeyError, match="unknown condition 'aa'; nearest known"):
+        screens.leave_out(cells, Design.single_target(["a"]), "aa")
+
+
+def test_own_cells_teach_a_better_shift_than_foreign_ones():
+    rng = np.random.default_rng(1)
+    design = Design.single_target(["up", "down", "up again"])
+    condition = torch.arange(4).repeat_interleave(60)
+    rate = np.full((240, 4), 10.0)
+    rate[60:120, 0] = rate[120:180, 1] = rate[180:, 0] = 30.0
+    cells = Cells(torch.from_numpy(rng.poisson(rate)).float(), condition)
+    known, held, larger = screens.leave_out(cells, design, "up again")
+    model = SMSVAE.preset("ivae", Design.single_target(["up", "down"]), 4, n_latent=2, n_hidden=16)
+    fit(model, known, TrainConfig(epochs=40, batch_size=60))
+    own, scoring = split_cells(held, (0.5, 0.5), seed=0)
+    donors = {"own": own, "foreign": known.of(larger.index(["down"]))}
+    scores = screens.transfer_scores(model, scoring, design=larger, donors=donors)
+    assert list(scores) == ["none", "own", "foreign"]
+    assert scores["own"].shape == (30,)
+    assert scores["own"].mean() > scores["none"].mean() > scores["foreign"].mean()
+
+
+# ---------------------------------------------------------------- the study
+
+GATES = {"labels": "true", "replicates": ["rep_2", "rep_3"], "seed": 0, "epochs": 2}
+MOVE = {"target": "JAK2", "method": "svae+", "replicates": ["rep_2", "rep_3"], "seed": 0}
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_gate_run_describes_every_target():
+    result = screens.gates(GATES)
+    assert list(result["targets"]) == TARGETS
+    assert result["cells"].tolist() == [N_EACH] * len(TARGETS)
+    assert result["probability"].shape == result["shift"].shape == (len(TARGETS) * 10,)
+    assert len(result["replicate_r"]) == 10
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("method", ["svae+", "vae"])
+def test_a_transfer_run_compares_three_donors(method):
+    result = screens.transfer(MOVE | {"method": method, "epochs": 1})
+    gains = {f"gain_{donor}" for donor in ("own", "mate", "null")}
+    assert set(result) == {"iwelbo", "cosine", "n_scored", *gains, *(f"{g}_sem" for g in gains)}
+    assert result["n_scored"] == N_EACH // 2
+    if method == "vae":
+        assert {result[gain] for gain in gains} == {result["cosine"]} == {0.0}
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_study_stores_a_summary_of_its_runs(monkeypatch, tmp_path):
+    shuffled = GATES | {"labels": "shuffled"}
+    every = GATES | {"replicates": ["rep_1", "rep_2", "rep_3"]}
+    monkeypatch.setattr(screens, "_gate_runs", lambda: [GATES, shuffled, every])
+    monkeypatch.setattr(screens, "_transfer_runs", lambda: [MOVE | {"epochs": 1}])
+    screens.study(tmp_path)
+    stored = store.get("papalexi", root=tmp_path)
+    assert stored["targets"] == TARGETS
+    assert {key.split(".")[0] for key in stored} == {
+        *("targets", "cells", "true", "shuffled", "all-replicates", "transfer")
+    }
+    assert stored["transfer.svae+.JAK2.seed"] == [0]
+    assert stored.provenance["n_runs"] == 4
+
+
+def frame(config, result):
+    return pd.DataFrame([config | result])
+
+
+def test_summary_counts_open_gates_by_hand():
+    targets = [*screens.PATHWAY, *screens.nulls()]
+    probability = np.zeros((len(targets), 2))
+    probability[:2] = 0.9  # both latents of IFNGR1 and IFNGR2
+    probability[-1, 0] = 0.6  # one false positive
+    shift = np.where(probability > 0.5, 1.0, 0.0)
+    result = {"targets": targets, "cells": [5] * len(targets), "replicate_r": [0.1, 0.3]}
+    result |= {"probability": list(probability.ravel()), "shift": list(shift.ravel())}
+    moved = frame(MOVE, {"gain_own": 2.0, "gain_own_sem": 0.5, "cosine": 0.9, "iwelbo": -3.0})
+    fitted = frame(GATES, result | {"validation_elbo": -9.0})
+    values = screens.summarise(fitted, moved)
+    assert values["true.open_pathway"] == [2]
+    assert values["true.open_null"] == [1]
+    assert list(values["true.open_edges"]) == [5]
+    assert values["true.replicate_r"] == [0.3]
+    # Of the six pairs of four targets one is parallel, the others have a shift of zero.
+    assert values["true.cosine"] == [pytest.approx(1 / 6)]
+    assert list(values["true.largest.IFNGR2"]) == [0.9]
+    assert values["transfer.svae+.JAK2.gain_own"] == [2.0]
+
+
+def test_the_study_is_the_one_the_page_describes():
+    gate_runs, moves = screens._gate_runs(), screens._transfer_runs()
+    labels = [(run["labels"], run["seed"]) for run in gate_runs if len(run["replicates"]) == 2]
+    assert labels == [(kind, seed) for seed in range(5) for kind in ("true", "shuffled")]
+    assert {run["target"] for run in moves} == set(screens.PATHWAY)
+    assert len({sweep.run_id(run) for run in gate_runs + moves}) == 11 + 20
+
+
+# ---------------------------------------------------------------- the real file
+
+
+@pytest.mark.skipif(not perturbseq.available("papalexi2021"), reason="papalexi2021 not available")
+def test_preparing_the_real_screen():
+    adata, ledgers = screens.prepare()
+    assert sorted(adata.obs["replicate"].cat.categories) == list(screens.REPLICATES)
+    assert adata.n_vars == 299
+    assert set(screens.PATHWAY) <= set(adata.obs["target"])
+    assert ledgers["guides"]["cells_before"].iloc[0] == 20_729
