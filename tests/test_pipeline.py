@@ -544,3 +544,16 @@ def test_a_render_log_is_reduced_to_its_problems():
     log += "Traceback (most recent call last)\n x"
     assert problems(log) == "a.md:3: WARNING: undefined label"
     assert problems("killed") == "killed"
+
+
+def test_the_command_line_reports_a_failed_page_and_its_status(monkeypatch, capsys):
+    from pipeline import __main__ as command
+
+    def fail(*_, **__):
+        raise execute.NotebookFailed("01_page.md, code cell 2: KeyError")
+
+    monkeypatch.setattr(command, "execute_all", fail)
+    assert command.main(["execute", "--profile", "quick"]) == 1
+    assert capsys.readouterr().err == "01_page.md, code cell 2: KeyError\n"
+    monkeypatch.setattr(command, "execute_all", lambda *_, **__: [])
+    assert command.main(["execute"]) == 0

@@ -19,7 +19,12 @@ from pipeline.normalise import INJECTED, normalise
 
 WORKERS = 2
 TIMEOUT = {"quick": 900, "full": 24 * 3600}  # seconds per notebook
-_CACHED = ("smslib/**/*.py", "book/results/**/*", "book/pipeline/execute.py")
+_CACHED = (
+    "smslib/**/*.py",
+    "book/results/**/*",
+    "book/pipeline/execute.py",
+    "book/pipeline/normalise.py",
+)
 
 
 class NotebookFailed(RuntimeError):
