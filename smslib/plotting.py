@@ -419,12 +419,9 @@ def levels(values: Mapping[str, float], *, ax: Axes) -> Axes:
     for name, value in values.items():
         colour = look(name).colour if name in LOOKS else "#666666"
         ax.axhline(value, color=colour, linestyle="--", linewidth=1, zorder=1)
-        place = {
-            "xytext": (2, 2),
-            "textcoords": "offset points",
-            "xycoords": ("axes fraction", "data"),
-        }
-        ax.annotate(name, (0, value), color=colour, fontsize=7.5, **place)
+        place = {"xytext": (-2, 2), "textcoords": "offset points", "ha": "right"}
+        place |= {"xycoords": ("axes fraction", "data")}
+        ax.annotate(name, (1, value), color=colour, fontsize=7.5, **place)
     return ax
 
 
