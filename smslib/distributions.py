@@ -52,8 +52,8 @@ class Moments(NamedTuple):
     mean: Float[Tensor, "*batch latent"]
     variance: Float[Tensor, "*batch latent"]
 
-    def at(self, index: Tensor) -> Moments:
-        """Return the rows ``index``."""
+    def at(self, index: Tensor | int) -> Moments:
+        """Return the rows, or the one row, of ``index``."""
         return Moments(self.mean[index], self.variance[index])
 
 

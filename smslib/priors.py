@@ -184,6 +184,12 @@ class BetaGate(LogitGate):
         leaves -log Beta(pi; 1, alpha) (paper, App. B, and the released code). ``"profile"``
         maximises the ELBO over a free w, at :math:`w = \pi/\alpha`. ``"collapsed"`` integrates w
         out, which leaves gamma ~ Bernoulli(1 / (1 + alpha)).
+
+    Raises
+    ------
+    ValueError
+        If ``weight`` is unknown, alpha is not positive, or alpha is below 1 where w is profiled
+        (the best w would be 1, where the density is infinite).
     """
 
     def __init__(
@@ -196,6 +202,14 @@ class BetaGate(LogitGate):
         logit: float = _OPEN_LOGIT,
     ) -> None:
         super().__init__(n_targets, n_latent, logit=logit)
+        if weight not in ("tied", "profile", "collapsed"):
+            raise ValueError(f"weight is {weight!r}; expected 'tied', 'profile' or 'collapsed'")
+        smallest = 1.0 if weight == "profile" else 0.0
+        if alpha < smallest or alpha == 0:
+            raise ValueError(
+                f"alpha is {alpha}; expected a positive number, at least 1 with weight='profile' "
+                "(1 is a flat prior, more is sparser)"
+            )
         self.alpha = alpha
         self.weight = weight
 
@@ -213,9 +227,10 @@ class BetaGate(LogitGate):
         return (self.alpha - 1) * functional.softplus(self.logit) - math.log(self.alpha)
 
     def _profile(self) -> Float[Tensor, "target latent"]:
-        w = self() / self.alpha
-        log_beta = math.log(self.alpha) + (self.alpha - 1) * (-w).log1p()
-        return self._kl(w.log(), (-w).log1p()) - log_beta
+        log_alpha = math.log(self.alpha)
+        log_on = functional.logsigmoid(self.logit) - log_alpha
+        log_off = (self.alpha - 1 + (-self.logit).sigmoid()).log() - log_alpha
+        return self._kl(log_on, log_off) - log_alpha - (self.alpha - 1) * log_off
 
     def _collapsed(self) -> Float[Tensor, "target latent"]:
         p = torch.as_tensor(1 / (1 + self.alpha), dtype=self.logit.dtype)
