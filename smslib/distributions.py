@@ -97,9 +97,7 @@ class NegativeBinomial:
         kernel = _NegativeBinomialKernel.apply(x, self.log_mean, self.log_theta)
         return kernel - _count_constant(x)
 
-    def sample(
-        self, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*draw cell gene"]:
+    def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "*draw cell gene"]:
         """Return a Gamma-Poisson draw, UMIs."""
         shape = self.log_theta.exp().expand_as(self.log_mean)
         gamma = torch._standard_gamma(shape, generator=generator)

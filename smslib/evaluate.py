@@ -100,9 +100,7 @@ def iwelbo(
         return _numpy(torch.cat([job.result() for job in jobs]))
 
 
-def by_condition(
-    values: Float[np.ndarray, " cell"], cells: Cells, design: Design
-) -> pd.DataFrame:
+def by_condition(values: Float[np.ndarray, " cell"], cells: Cells, design: Design) -> pd.DataFrame:
     """Return mean, standard error and number of cells of every condition.
 
     No condition is dropped: one without cells has n = 0 and a mean of NaN, one with a single cell
@@ -179,4 +177,4 @@ def _evaluating(model: SMSVAE) -> Iterator[None]:
 
 
 def _numpy(values: Tensor) -> np.ndarray:
-    return values.float().cpu().numpy()
+    return values.cpu().numpy()

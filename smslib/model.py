@@ -265,9 +265,7 @@ class SMSVAE(nn.Module):
             raise FileNotFoundError(f"{folder} holds no saved model (config.json is missing)")
         config = json.loads((folder / "config.json").read_text())
         state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
-        design = Design(
-            tuple(config["conditions"]), tuple(config["targets"]), state.pop("design")
-        )
+        design = Design(tuple(config["conditions"]), tuple(config["targets"]), state.pop("design"))
         model = cls(_prior(config, design), **config["model"])
         model.load_state_dict(state)
         return model.to(device).eval()
