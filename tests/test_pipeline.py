@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nbformat import v4
-from pipeline import execute, files, pages, refresh, stage
+from pipeline import execute, files, pages, refresh, render, stage
 from pipeline.compare import Tolerance, difference, output_differences
 from pipeline.normalise import bridge_alt_text, normalise, quantise
-from pipeline.render import problems
 
 ROOT = Path(__file__).resolve().parents[1]
 nbval_group = pytest.mark.xdist_group("nbval")  # one worker, since one run serves them all
@@ -542,8 +541,32 @@ def test_git_state_tells_commit_and_changes(repository):
 def test_a_render_log_is_reduced_to_its_problems():
     log = "\x1b[91mreading\na.md:3: WARNING: undefined label\x1b[0m\n"
     log += "Traceback (most recent call last)\n x"
-    assert problems(log) == "a.md:3: WARNING: undefined label"
-    assert problems("killed") == "killed"
+    assert render.problems(log) == "a.md:3: WARNING: undefined label"
+    assert render.problems("killed") == "killed"
+
+
+CONFIG = """
+title: Tiny
+only_build_toc_files: true
+execute: {execute_notebooks: "off"}
+"""
+
+
+def test_a_book_is_rendered_once_and_never_with_a_warning(tmp_path, monkeypatch):
+    source = tmp_path / "src"
+    contents = {"_config.yml": CONFIG, "_toc.yml": "format: jb-book\nroot: index\n"}
+    pages_ = {name: text.encode() for name, text in contents.items()}
+    files.mirror({**pages_, "index.md": b"# Title\n"}, source)
+    index = render.render(source, tmp_path)
+    assert "Title" in index.read_text()
+    files.mirror({**pages_, "index.md": b"# Title\n\n{nosuch}`x`\n"}, source)
+    for _ in range(2):  # the second time nothing changed, and it must fail all the same
+        with pytest.raises(render.RenderFailed, match="index.md:3: WARNING: Unknown interpreted"):
+            render.render(source, tmp_path)
+    files.mirror({**pages_, "index.md": b"# Title\n"}, source)
+    render.render(source, tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("rendered again"))
+    assert render.render(source, tmp_path) == index
 
 
 def test_the_command_line_reports_a_failed_page_and_its_status(monkeypatch, capsys):

@@ -1,10 +1,13 @@
 """Render staged sources with Jupyter Book; every warning is an error, every time."""
 
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from pipeline import files
 
 # The console script may be unusable where the checkout's path has spaces or has moved.
 _JUPYTER_BOOK = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
@@ -20,6 +23,8 @@ class RenderFailed(RuntimeError):
 def render(source: Path, output: Path) -> Path:
     """Render ``source`` into ``output/_build/html`` and return the path of the first page.
 
+    Nothing is done when the very same sources were rendered without a problem before.
+
     Raises
     ------
     RenderFailed
@@ -27,7 +32,11 @@ def render(source: Path, output: Path) -> Path:
         pages it reads again: a second run would call the same book clean.
     """
     build = output.resolve() / "_build"
+    index, stamp, print_ = build / "html" / "index.html", build / "rendered", fingerprint(source)
+    if index.is_file() and stamp.is_file() and stamp.read_text() == print_:
+        return index
     build.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
     command = [sys.executable, "-c", _JUPYTER_BOOK, "build", ".", *_FLAGS]
     command += ["--path-output", str(output.resolve())]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
@@ -37,7 +46,17 @@ def render(source: Path, output: Path) -> Path:
         shutil.rmtree(build / ".doctrees", ignore_errors=True)
         message = f"the book does not render cleanly:\n{problems(done.stderr)}\nlog in {log}"
         raise RenderFailed(message)
-    return build / "html" / "index.html"
+    files.write_atomic(stamp, print_.encode())
+    return index
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash the names and contents of all files under ``folder``."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def problems(log: str) -> str:
