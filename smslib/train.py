@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from smslib.data import Cells, minibatches, seeded
 from smslib.model import SMSVAE, Terms
