@@ -181,7 +181,7 @@ def straight_through_bernoulli(
     uniform = torch.rand_like(logit).clamp(1e-7, 1 - 1e-7)
     soft = torch.sigmoid((logit + uniform.logit()) / temperature)
     hard = (soft > 0.5).to(soft)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # in this order the value stays exactly 0 or 1
 
 
 def gaussian_log_prob(
