@@ -13,7 +13,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test html notebooks full lint clean distclean lock
+.PHONY: help book test html notebooks full bench speed lint clean distclean lock
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name does; \
@@ -36,6 +36,12 @@ notebooks: $(READY) ## Run the notebooks (quick profile) and refresh the committ
 full: $(READY) ## Run the notebooks at full size on the best device, refresh book/results, render
 	@$(PIPELINE) execute --profile full
 	@$(PIPELINE) html --profile full
+
+bench: $(READY) ## Run what is missing of a stored study (EXPERIMENT=table1 or headline)
+	@$(ONE_THREAD) $(PY) -m smslib.benchmark $(EXPERIMENT)
+
+speed: $(READY) ## Measure speed on this machine and refresh book/results/benchmarks.json
+	@$(PY) tests/benchmarks/bench_core.py --out book/results
 
 lint: $(READY) ## Check the style of the code
 	$(PY) -m ruff check .
