@@ -167,7 +167,7 @@ def test_the_study_is_the_one_the_page_describes():
     labels = [(run["labels"], run["seed"]) for run in gate_runs if len(run["replicates"]) == 2]
     assert labels == [(kind, seed) for seed in range(5) for kind in ("true", "shuffled")]
     assert {run["target"] for run in moves} == set(screens.PATHWAY)
-    assert len({sweep.run_id(run) for run in gate_runs + moves}) == 11 + 20
+    assert len({sweep.run_id(run) for run in gate_runs + moves}) == 11 + 15
 
 
 # ---------------------------------------------------------------- the real file
