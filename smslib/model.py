@@ -49,34 +49,28 @@ class Likelihood:
         - (x_g + \theta_g) \log(1 + \tfrac{\mu_g}{\theta_g})
         + \log\tfrac{\Gamma(x_g + \theta_g)}{\Gamma(\theta_g) x_g!}
 
-    The first sum is linear in the last hidden layer, so the genes are summed out before the draws
-    are made; the last term depends on no draw. Two transcendental functions per draw and gene
-    remain. Made by `SMSVAE.likelihood`.
+    The last term depends on no draw, and the first needs no logarithm, because the decoder works
+    in logs. What remains per draw and gene is a softmax, an exponential and a log1p. Made by
+    `SMSVAE.likelihood`.
 
     Parameters
     ----------
-    hidden : Module
-        The decoder without its last layer.
-    weight, offset : Tensor, (n_genes, n_hidden) and (n_genes,)
-        Last layer, for the log of mean over theta.
-    theta : Tensor, (n_genes,)
-    library : Tensor, (n_cells,)
+    logits : callable
+        From draws of z to the decoder's output before the softmax.
+    counts : Tensor, (n_cells, n_genes)
         UMIs.
-    slope : Tensor, (n_cells, n_hidden)
-        Counts times ``weight``.
-    exponent : Tensor, (n_cells, n_genes)
-        Counts plus theta.
+    theta : Tensor, (n_genes,)
+        Inverse dispersion.
+    log_exposure : Tensor, (n_cells, n_genes)
+        Log of the cell's UMIs over theta.
     constant : Tensor, (n_cells,)
         What depends on no draw, nats.
     """
 
-    hidden: nn.Module
-    weight: Float[Tensor, "gene hidden"]
-    offset: Float[Tensor, " gene"]
+    logits: Callable[[Tensor], Tensor]
+    counts: Float[Tensor, "cell gene"]
     theta: Float[Tensor, " gene"]
-    library: Float[Tensor, " cell"]
-    slope: Float[Tensor, "cell hidden"]
-    exponent: Float[Tensor, "cell gene"]
+    log_exposure: Float[Tensor, "cell gene"]
     constant: Float[Tensor, " cell"]
 
     def at(self, cell: int, z: Float[Tensor, "draw latent"]) -> Float[Tensor, " draw"]:
@@ -84,14 +78,11 @@ class Likelihood:
 
         Not differentiable: it works in place.
         """
-        library, hidden = self.library[cell], self.hidden(z)
-        logits = nn.functional.linear(hidden, self.weight, self.offset)
-        top = logits.amax(-1)
-        odds = logits.sub_(top.unsqueeze(-1)).exp_()
-        scale = library / (odds @ self.theta)
-        spread = odds.mul_(scale.unsqueeze(-1)).log1p_() @ self.exponent[cell]
-        linear = hidden @ self.slope[cell] + library * (scale.log() - top)
-        return self.constant[cell] + linear - spread
+        log_odds = self.logits(z).log_softmax(-1).add_(self.log_exposure[cell])
+        spread = log_odds.exp().log1p_()
+        # Subtracted gene by gene: the two sums all but cancel when a cell has many UMIs.
+        linear = log_odds.sub_(spread) @ self.counts[cell]
+        return self.constant[cell] + linear - spread @ self.theta
 
 
 class SMSVAE(nn.Module):
@@ -211,23 +202,20 @@ class SMSVAE(nn.Module):
         self, z: Float[Tensor, "*draw cell latent"], library: Float[Tensor, "cell 1"]
     ) -> NegativeBinomial:
         """Return p(x | z, library); it takes no condition, by design."""
-        log_rate = self.genes(self.decoder(z)).log_softmax(-1)
+        hidden = self.decoder(z.flatten(end_dim=-2))  # batch normalisation takes a matrix only
+        log_rate = self.genes(hidden).log_softmax(-1).unflatten(0, z.shape[:-1])
         return NegativeBinomial(log_rate + library.log(), self.log_theta)
 
     @torch.no_grad()
     def likelihood(self, cells: Cells) -> Likelihood:
         """Return log p(x | z) of the cells, prepared for many draws of z; without gradients."""
-        x, theta = cells.counts, self.log_theta.exp()
-        offset = self.genes.bias - self.log_theta
+        theta = self.log_theta.exp()
         return Likelihood(
-            hidden=self.decoder,
-            weight=self.genes.weight,
-            offset=offset,
+            logits=lambda z: self.genes(self.decoder(z)),
+            counts=cells.counts,
             theta=theta,
-            library=cells.library.squeeze(-1),
-            slope=x @ self.genes.weight,
-            exponent=x + theta,
-            constant=x @ offset + _log_binomial(x, theta),
+            log_exposure=cells.library.log() - self.log_theta,
+            constant=_log_binomial(cells.counts, theta),
         )
 
     def forward(self, cells: Cells) -> Terms:

@@ -1,0 +1,300 @@
+"""Fitting: what it restores, when it stops, what it refuses, and that a seed decides it all."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smslib import train
+from smslib.data import Cells, Design
+from smslib.evaluate import elbo
+from smslib.model import SMSVAE, Terms
+from smslib.train import TrainConfig, fit, objective
+
+N_GENES = 6
+DESIGN = Design.single_target(["a", "b", "c"])
+QUICK = TrainConfig(epochs=4, batch_size=16, warmup_epochs=0)
+
+
+def make_cells(n_cells=64, *, seed=0, design=DESIGN):
+    """Counts whose profile depends on the condition."""
+    generator = torch.Generator().manual_seed(seed)
+    condition = torch.arange(n_cells) % design.n_conditions
+    profile = torch.rand(design.n_conditions, N_GENES, generator=torch.Generator().manual_seed(9))
+    return Cells(torch.poisson(20 * profile[condition] + 1, generator=generator), condition)
+
+
+CELLS, OTHERS = make_cells(), make_cells(32, seed=1)
+
+
+def make_model(method="svae+", **options):
+    return SMSVAE.preset(method, DESIGN, N_GENES, **{"n_latent": 2, "n_hidden": 8, **options})
+
+
+def trained(config=QUICK, *, model=None, cells=CELLS, validation=None):
+    model = model or make_model()
+    history = fit(model, cells, config, validation=validation, progress=False)
+    return model, history
+
+
+def weights(model):
+    return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+# -------------------------------------------------------------------------------- objective
+
+
+def test_objective_is_the_negative_elbo_per_cell():
+    terms = Terms(torch.tensor([-3.0, -5.0]), torch.tensor([1.0, 2.0]), torch.tensor(8.0))
+    assert objective(terms, n_cells=4).item() == 4.0 + 1.5 + 2.0
+    weighted = objective(terms, n_cells=4, kl_weight=2.0, penalty_weight=0.5)
+    assert weighted.item() == 4.0 + 3.0 + 1.0
+
+
+def test_twice_the_cells_halve_the_weight_of_the_penalty():
+    terms = Terms(torch.zeros(2), torch.zeros(2), torch.tensor(8.0))
+    once, twice = (objective(terms, n_cells=n) for n in (10, 20))
+    assert once == 2 * twice
+
+
+# -------------------------------------------------------------------------------- the seed
+
+
+def test_the_same_seed_gives_the_same_bits():
+    (first, one), (second, two) = (trained(validation=OTHERS) for _ in range(2))
+    assert torch.equal(weights(first), weights(second))
+    columns = ["elbo", "validation_elbo"]
+    assert one.frame()[columns].equals(two.frame()[columns])
+
+
+def test_another_seed_gives_other_weights():
+    first, _ = trained()
+    second, _ = trained(replace(QUICK, seed=1))
+    assert not torch.equal(weights(first), weights(second))
+
+
+def test_validation_does_not_change_the_fit():
+    alone, _ = trained(replace(QUICK, keep="last"))
+    watched, _ = trained(replace(QUICK, keep="last"), validation=OTHERS)
+    assert torch.equal(weights(alone), weights(watched))
+
+
+def test_the_global_random_state_is_left_alone():
+    before = torch.random.get_rng_state()
+    trained(validation=OTHERS)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_cells_are_left_alone():
+    cells = make_cells()
+    before = copy.deepcopy(cells.counts)
+    trained(cells=cells)
+    assert torch.equal(cells.counts, before)
+
+
+# ------------------------------------------------------------------------------- the result
+
+
+def test_fitting_raises_the_elbo():
+    model = make_model()
+    before = elbo(model, OTHERS).mean()
+    _, history = trained(replace(QUICK, epochs=20), model=model, validation=OTHERS)
+    assert elbo(model, OTHERS).mean() > before + 1
+    assert not model.training
+    assert history.best_epoch is not None
+
+
+def test_history_has_a_row_per_epoch_and_adds_up():
+    _, history = trained(validation=OTHERS)
+    frame = history.frame()
+    assert frame.index.tolist() == [0, 1, 2, 3]
+    assert frame.index.name == "epoch"
+    assert (frame["seconds"] > 0).all()
+    for part in ("", "validation_"):
+        terms = frame[part + "reconstruction"] - frame[part + "kl"]
+        penalty = 0 if part else frame["penalty"]
+        assert (frame[part + "elbo"] - (terms - penalty)).abs().max() < 1e-9
+
+
+def test_history_of_nothing_but_training():
+    _, history = trained()
+    assert list(history.frame()) == ["reconstruction", "kl", "penalty", "elbo", "seconds"]
+    assert history.best_epoch is None
+
+
+# Six cells and a learning rate that makes the validation ELBO jump up and down.
+UNSTEADY = replace(QUICK, epochs=25, learning_rate=0.1, schedule="constant")
+
+
+def unsteady(**changes):
+    return trained(
+        replace(UNSTEADY, **changes),
+        model=make_model(n_hidden=32),
+        cells=make_cells(6),
+        validation=OTHERS,
+    )
+
+
+def test_the_best_weights_are_restored():
+    model, history = unsteady()
+    frame = history.frame()
+    assert history.best_epoch == frame["validation_elbo"].idxmax() < 24
+    best = frame["validation_elbo"].max()
+    assert elbo(model, OTHERS, seed=UNSTEADY.seed).mean() == pytest.approx(best, rel=1e-5)
+
+
+def test_the_last_weights_are_kept_on_request():
+    model, history = unsteady(keep="last")
+    last = history.frame()["validation_elbo"].iloc[-1]
+    assert elbo(model, OTHERS, seed=UNSTEADY.seed).mean() == pytest.approx(last, rel=1e-5)
+    assert last < history.frame()["validation_elbo"].max()
+
+
+def test_patience_ends_the_fit():
+    full = unsteady()[1].frame()["validation_elbo"]
+    history = unsteady(patience=3)[1]
+    stopped = history.frame()["validation_elbo"]
+    assert len(stopped) == history.best_epoch + 3 + 1 < len(full)
+    assert stopped.tolist() == full[: len(stopped)].tolist()
+    assert stopped.idxmax() == history.best_epoch
+
+
+# ----------------------------------------------------------------------- schedules, weights
+
+
+def recorded(monkeypatch, name):
+    """Call through to a function of smslib.train; return the list of what it was given."""
+    calls, original = [], getattr(train, name)
+
+    def spy(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append((args, kwargs))
+        return result
+
+    monkeypatch.setattr(train, name, spy)
+    return calls
+
+
+def test_the_kl_warms_up_and_so_does_the_penalty(monkeypatch):
+    calls = recorded(monkeypatch, "objective")
+    trained(replace(QUICK, epochs=6, warmup_epochs=4, beta=3.0, batch_size=64))
+    assert [k["kl_weight"] for _, k in calls] == [0, 0.75, 1.5, 2.25, 3, 3]
+    assert [k["penalty_weight"] for _, k in calls] == [0, 0.25, 0.5, 0.75, 1, 1]
+
+
+def test_the_penalty_can_be_at_full_weight_from_the_start(monkeypatch):
+    calls = recorded(monkeypatch, "objective")
+    trained(replace(QUICK, warmup_epochs=4, warm_penalty=False, batch_size=64))
+    assert {k["penalty_weight"] for _, k in calls} == {1.0}
+    assert {k["n_cells"] for _, k in calls} == {64}
+
+
+def rates(monkeypatch, schedule):
+    seen = []
+
+    class Spy(torch.optim.Adam):
+        def step(self, *args, **kwargs):
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "Adam", Spy)
+    trained(replace(QUICK, schedule=schedule, learning_rate=0.01))
+    return seen
+
+
+def test_cosine_schedule_falls_from_the_learning_rate_to_nothing(monkeypatch):
+    seen = rates(monkeypatch, "cosine")
+    expected = [0.005 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+    assert seen == pytest.approx(expected)
+    assert seen[0] == 0.01
+    assert seen[-1] < 0.01 * 0.01
+
+
+def test_constant_schedule_is_constant(monkeypatch):
+    assert set(rates(monkeypatch, "constant")) == {0.01}
+
+
+def test_adam_does_not_see_the_scale_of_the_loss_unless_eps_is_large():
+    tiny = replace(QUICK, adam_eps=1e-15)
+    per_cell, screen = (trained(replace(tiny, loss_scale=s))[0] for s in ("cell", "screen"))
+    torch.testing.assert_close(weights(per_cell), weights(screen), rtol=1e-3, atol=1e-4)
+    released = replace(QUICK, adam_eps=0.01)
+    per_cell, screen = (trained(replace(released, loss_scale=s))[0] for s in ("cell", "screen"))
+    assert not torch.allclose(weights(per_cell), weights(screen), rtol=1e-3, atol=1e-4)
+
+
+def test_a_gradient_clipped_to_nothing_moves_nothing():
+    model = make_model()
+    before = weights(model).clone()
+    trained(replace(QUICK, max_grad_norm=0.0), model=model)
+    assert torch.equal(weights(model), before)
+
+
+def test_a_trailing_batch_too_small_for_batch_norm_is_left_out():
+    _, history = trained(model=make_model(norm="batch"), cells=make_cells(33))
+    assert len(history.rows) == 4
+
+
+def test_no_bar_where_nobody_watches(capfd):
+    fit(make_model(), CELLS, replace(QUICK, epochs=1), progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+# ----------------------------------------------------------------------------------- errors
+
+
+def test_counts_that_are_not_finite_are_refused():
+    counts = CELLS.counts.clone()
+    counts[3, 2] = math.nan
+    with pytest.raises(ValueError, match="cells have counts that are not finite; read them with"):
+        trained(cells=Cells(counts, CELLS.condition))
+
+
+def test_cells_elsewhere_are_refused():
+    with pytest.raises(ValueError, match="cells are on meta, the model on cpu; move one with"):
+        trained(cells=CELLS.to("meta"))
+
+
+def test_cells_with_other_genes_are_refused():
+    wide = Cells(torch.ones(5, N_GENES + 1), torch.zeros(5, dtype=torch.long))
+    with pytest.raises(ValueError, match="validation have 7 genes, the model 6"):
+        trained(validation=wide)
+
+
+def test_no_cells_are_refused():
+    with pytest.raises(ValueError, match="cells are empty; expected at least one cell"):
+        trained(cells=CELLS[:0])
+
+
+@pytest.mark.parametrize("row", [4, -1])
+def test_conditions_outside_the_design_are_refused(row):
+    strange = Cells(CELLS.counts, torch.full((64,), row))
+    with pytest.raises(
+        ValueError, match=r"design has 4; build the model with the design of these"
+    ):
+        trained(cells=strange)
+
+
+def test_patience_without_validation_is_refused():
+    with pytest.raises(ValueError, match="patience is set but there are no validation cells"):
+        trained(replace(QUICK, patience=3))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "term"),
+    [("log_theta", "reconstruction"), ("prior.slab.mean", "kl"), ("prior.gate.logit", "kl")],
+)
+def test_the_first_term_that_breaks_is_named(parameter, term):
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter(parameter)[-1] = math.nan
+    with pytest.raises(FloatingPointError, match=f"the {term} term became nan in epoch 0, step 0"):
+        trained(model=model)
+
+
+def test_a_penalty_that_breaks_is_named():
+    model = make_model("svae", sparsity=math.inf)
+    with pytest.raises(FloatingPointError, match="the penalty term became inf.*learning_rate"):
+        trained(model=model)
