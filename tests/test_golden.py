@@ -49,7 +49,7 @@ def test_the_course_of_a_fit(method):
 
 
 def test_methods_take_different_courses():
-    """The recorded files do tell methods apart; beta is not the model's, so that one is left out."""
+    """The files tell methods apart (but for beta, which belongs to training)."""
     ends = [tuple(recorded(method)[-1].values()) for method in METHODS if method != "beta-vae"]
     assert len(set(ends)) == len(ends)
 
