@@ -237,6 +237,13 @@ def test_a_rule_catches(rule, bad, says):
         ),
         (rules.bare_numbers, page("<p>See section 2.1.3 and version 1.2.3</p>")),
         (rules.bare_numbers, page("<p><abbr class='result-value'>0.91</abbr></p>")),
+        (
+            rules.bare_numbers,
+            page(
+                "<div class=solution><p class=admonition-title>Solution to "
+                "<a>Exercise 4.1 (The seed)</a></p></div>"
+            ),
+        ),
     ],
 )
 def test_a_rule_lets_pass(rule, good):
