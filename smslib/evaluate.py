@@ -7,11 +7,10 @@ they were, and returns plain arrays with one value per cell.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from smslib.data import Cells, Design, minibatches, seeded
 from smslib.distributions import Moments
-from smslib.model import SMSVAE
+from smslib.model import SMSVAE, Likelihood
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,9 +69,9 @@ def iwelbo(
 
     .. math:: \log \frac1T \sum_t \frac{p(x, z_t | c)}{q(z_t | x)}, \quad z_t \sim q(z | x)
 
-    at the modal graph (gates open or shut). A cell is encoded once; its draws are decoded in
-    chunks and their weights folded into a running logsumexp. The released code encodes and
-    decodes anew for every draw.
+    at the modal graph (gates open or shut). A cell is encoded once and its draws are decoded in
+    chunks; of a draw, one number is kept. The released code encodes and decodes anew for every
+    draw.
 
     Parameters
     ----------
@@ -114,37 +113,51 @@ def by_condition(values: Float[np.ndarray, " cell"], cells: Cells, design: Desig
     return table.set_axis(["mean", "standard_error", "n"], axis=1).rename_axis("condition")
 
 
+class _Proposal(NamedTuple):
+    """Draws z = mean + scale * noise from q(z | x), and log p(z | c) / q(z | x), nats.
+
+    The ratio is a parabola: (square * noise**2 + linear * noise) summed over latents + constant.
+    """
+
+    mean: Float[Tensor, "cell latent"]
+    scale: Float[Tensor, "cell latent"]
+    square: Float[Tensor, "cell latent"]
+    linear: Float[Tensor, "cell latent"]
+    constant: Float[Tensor, " cell"]
+
+    @classmethod
+    def of(cls, q: Moments, shift: Float[Tensor, "cell latent"]) -> _Proposal:
+        """Return the proposal q for a target N(shift, I)."""
+        scale, gap = q.variance.sqrt(), q.mean - shift
+        constant = 0.5 * (q.variance.log() - gap.square()).sum(-1)
+        return cls(q.mean, scale, 0.5 * (1.0 - q.variance), -scale * gap, constant)
+
+
 @torch.inference_mode()  # which each thread has to enter for itself
 def _bounds(
     model: SMSVAE, batch: Cells, seeds: Sequence[int], n_draws: int
 ) -> Float[Tensor, " cell"]:
     """Return the bound of every cell of a batch."""
-    q, shift = model.encode(batch.counts), model.prior.mode()[batch.condition]
+    q = model.encode(batch.counts)
+    proposal = _Proposal.of(q, model.prior.mode()[batch.condition])
     likelihood, generator = model.likelihood(batch), torch.Generator(batch.device)
     step = max(_SMALLEST_CHUNK, _FLOATS_PER_CHUNK // model.n_genes)
-    bounds = []
+    weights = []
     for cell, seed in enumerate(seeds):
         generator.manual_seed(seed)
-        noise = torch.randn(n_draws, q.mean.shape[-1], generator=generator, device=batch.device)
-        log_likelihood = functools.partial(likelihood.at, cell)
-        bounds.append(_bound(log_likelihood, q.at(cell), shift[cell], noise.to(q.mean), step))
-    return torch.stack(bounds)
+        noise = torch.randn(n_draws, q.mean.shape[1], generator=generator, device=batch.device)
+        chunks = noise.to(q.mean).split(step)
+        weights.append(torch.cat([_log_weights(likelihood, proposal, cell, e) for e in chunks]))
+    return torch.stack(weights).logsumexp(-1) + proposal.constant - math.log(n_draws)
 
 
-def _bound(
-    log_likelihood: Callable[[Tensor], Tensor],
-    q: Moments,
-    shift: Float[Tensor, " latent"],
-    noise: Float[Tensor, "draw latent"],
-    step: int,
-) -> Float[Tensor, ""]:
-    """Return the bound of one cell: log mean p(x, z | c) / q(z | x), ``step`` draws at a time."""
-    total = noise.new_tensor(-math.inf)
-    for part in noise.split(step):
-        z = torch.addcmul(q.mean, q.variance.sqrt(), part)
-        log_ratio = 0.5 * (part.square() - (z - shift).square()).sum(-1)
-        total = torch.logaddexp(total, (log_likelihood(z) + log_ratio).logsumexp(0))
-    return total + 0.5 * q.variance.log().sum() - math.log(len(noise))
+def _log_weights(
+    likelihood: Likelihood, proposal: _Proposal, cell: int, noise: Float[Tensor, "draw latent"]
+) -> Float[Tensor, " draw"]:
+    """Return log p(x, z | c) / q(z | x) of the draws of a cell, without the constant."""
+    mean, scale, square, linear, _ = (part[cell] for part in proposal)
+    weights = likelihood.at(cell, torch.addcmul(mean, scale, noise))
+    return weights.addmv_(noise.square(), square).addmv_(noise, linear)
 
 
 @contextlib.contextmanager
