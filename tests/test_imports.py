@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "screens": set(CHAIN) | ALONE | {"perturbseq"},
 }
 CHATTY = {"print", "breakpoint", "input", "exec", "eval"}
-GLOBAL_STATE = (
+GLOBAL_STATE = {
     "np.random.seed",
     "numpy.random.seed",
     "os.system",
@@ -48,9 +48,11 @@ GLOBAL_STATE = (
     "torch.set_default_dtype",
     "torch.set_num_threads",
     "warnings.simplefilter",
-)
+}
 HEAVY = {"anndata", "matplotlib", "pooch", "rdata", "scanpy", "sklearn"}
 MAX_BODY, MEDIAN_BODY = 50, 8
+# Changed while whole cells are shared out among threads, and put back in a `finally`.
+LENT = {"evaluate": {"torch.set_num_threads"}}
 MAY_PRINT = {"__main__", "_main", "main"}  # command lines speak to their user
 
 
@@ -112,7 +114,7 @@ def test_a_module_depends_on_no_test_notebook_or_book(name):
 @pytest.mark.parametrize("name", sorted(TREES))
 def test_a_module_says_nothing_by_itself_and_leaves_global_state_alone(name):
     used = [ast.unparse(call.func) for call in calls(TREES[name])]
-    assert [call for call in used if call in GLOBAL_STATE] == []
+    assert [call for call in used if call in GLOBAL_STATE - LENT.get(name, set())] == []
     quiet = ast.parse(ast.unparse(TREES[name]))
     quiet.body = [node for node in quiet.body if getattr(node, "name", "") not in MAY_PRINT]
     assert [name for call in calls(quiet) if (name := ast.unparse(call.func)) in CHATTY] == []
