@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from smslib.data import Cells, Design, minibatches, seeded
 from smslib.distributions import Moments
-from smslib.model import SMSVAE, Likelihood
+from smslib.model import SMSVAE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,11 +120,11 @@ class _Proposal(NamedTuple):
     The ratio is a parabola: (square * noise**2 + linear * noise) summed over latents + constant.
     """
 
-    mean: Float[Tensor, "cell latent"]
-    scale: Float[Tensor, "cell latent"]
-    square: Float[Tensor, "cell latent"]
-    linear: Float[Tensor, "cell latent"]
-    constant: Float[Tensor, " cell"]
+    mean: Float[Tensor, "*cell latent"]
+    scale: Float[Tensor, "*cell latent"]
+    square: Float[Tensor, "*cell latent"]
+    linear: Float[Tensor, "*cell latent"]
+    constant: Float[Tensor, "*cell"]
 
     @classmethod
     def of(cls, q: Moments, shift: Float[Tensor, "cell latent"]) -> _Proposal:
@@ -131,6 +132,10 @@ class _Proposal(NamedTuple):
         scale, gap = q.variance.sqrt(), q.mean - shift
         constant = 0.5 * (q.variance.log() - gap.square()).sum(-1)
         return cls(q.mean, scale, 0.5 * (1.0 - q.variance), -scale * gap, constant)
+
+    def at(self, cell: int) -> _Proposal:
+        """Return the proposal of one cell."""
+        return _Proposal(*(part[cell] for part in self))
 
 
 @torch.inference_mode()  # which each thread has to enter for itself
@@ -146,18 +151,20 @@ def _bounds(
     for cell, seed in enumerate(seeds):
         generator.manual_seed(seed)
         noise = torch.randn(n_draws, q.mean.shape[1], generator=generator, device=batch.device)
+        log_likelihood, here = partial(likelihood.at, cell), proposal.at(cell)
         chunks = noise.to(q.mean).split(step)
-        weights.append(torch.cat([_log_weights(likelihood, proposal, cell, e) for e in chunks]))
+        weights.append(torch.cat([_log_weights(log_likelihood, here, e) for e in chunks]))
     return torch.stack(weights).logsumexp(-1) + proposal.constant - math.log(n_draws)
 
 
 def _log_weights(
-    likelihood: Likelihood, proposal: _Proposal, cell: int, noise: Float[Tensor, "draw latent"]
+    log_likelihood: Callable[[Tensor], Tensor],
+    proposal: _Proposal,
+    noise: Float[Tensor, "draw latent"],
 ) -> Float[Tensor, " draw"]:
-    """Return log p(x, z | c) / q(z | x) of the draws of a cell, without the constant."""
-    mean, scale, square, linear, _ = (part[cell] for part in proposal)
-    weights = likelihood.at(cell, torch.addcmul(mean, scale, noise))
-    return weights.addmv_(noise.square(), square).addmv_(noise, linear)
+    """Return log p(x, z | c) / q(z | x) of draws for one cell, without the constant."""
+    weights = log_likelihood(torch.addcmul(proposal.mean, proposal.scale, noise))
+    return weights.addmv_(noise.square(), proposal.square).addmv_(noise, proposal.linear)
 
 
 @contextlib.contextmanager
