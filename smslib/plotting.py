@@ -27,6 +27,8 @@ __all__ = [
     "LOOKS",
     "SINGLE",
     "Look",
+    "curves",
+    "densities",
     "graph",
     "history",
     "ledger",
@@ -36,6 +38,7 @@ __all__ = [
     "panels",
     "scatter",
     "scores",
+    "shifts",
     "show",
     "strip",
     "style",
@@ -422,6 +425,106 @@ def levels(values: Mapping[str, float], *, ax: Axes) -> Axes:
         place = {"xytext": (-2, 2), "textcoords": "offset points", "ha": "right"}
         place |= {"xycoords": ("axes fraction", "data")}
         ax.annotate(name, (1, value), color=colour, fontsize=7.5, **place)
+    return ax
+
+
+@style()
+def curves(
+    x: Real[np.ndarray, " point"],
+    lines: Mapping[str, ArrayLike],
+    *,
+    labels: tuple[str, str] = ("", ""),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw functions of one variable, each with a colour and a dash of its own.
+
+    Parameters
+    ----------
+    x : array, (n_points,)
+    lines : dict
+        At most seven names, each with one value per point.
+    labels : tuple of str
+        Of the x and y axis.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        If there are more curves than distinguishable lines.
+    """
+    ax = _axes(ax)
+    _check_distinguishable(len(lines), "curves")
+    for (name, values), key, dash in zip(lines.items(), _PALETTE, _DASHES, strict=False):
+        ax.plot(x, values, label=name, color=LOOKS[key].colour, linestyle=dash)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.legend(loc="best")
+    return ax
+
+
+@style()
+def densities(
+    groups: Mapping[str, ArrayLike], *, label: str, n_bins: int = 60, ax: Axes | None = None
+) -> Axes:
+    """Draw a histogram of each group, of area one.
+
+    Parameters
+    ----------
+    groups : dict
+        At most seven names, each with its values.
+    label : str
+        The quantity and its unit.
+    n_bins : int
+        Of each group.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        If there are more groups than distinguishable colours.
+    """
+    ax = _axes(ax)
+    _check_distinguishable(len(groups), "groups")
+    for (name, values), key in zip(groups.items(), _PALETTE, strict=False):
+        kind = {"alpha": 0.35, "color": LOOKS[key].colour, "histtype": "stepfilled"}
+        _, _, (area,) = ax.hist(np.asarray(values), bins=n_bins, density=True, label=name, **kind)
+        area.set_edgecolor((*area.get_facecolor()[:3], 1.0))
+    ax.set(xlabel=label, ylabel="density")
+    ax.legend(loc="best")
+    return ax
+
+
+@style()
+def shifts(shift: Real[np.ndarray, "target latent"], *, ax: Axes | None = None) -> Axes:
+    """Draw signed shifts as a heatmap, zero in white.
+
+    Parameters
+    ----------
+    shift : array, (n_targets, n_latent)
+        Prior standard deviations.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        Targets along x, latents along y.
+    """
+    ax = _axes(ax)
+    largest = float(np.abs(shift).max())
+    image = ax.imshow(
+        np.asarray(shift).T, vmin=-largest, vmax=largest, cmap="RdBu_r", aspect="auto"
+    )
+    ax.figure.colorbar(image, ax=ax, label="shift (prior s.d.)")
+    ax.set(xlabel="target", ylabel="latent")
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.grid(visible=False)
     return ax
 
 

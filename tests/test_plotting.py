@@ -247,3 +247,49 @@ def test_too_many_groups_or_curves():
         plotting.scatter(np.ones(8), np.ones(8), groups=list("abcdefgh"))
     with pytest.raises(ValueError, match=message.format("curves")):
         plotting.history(dict.fromkeys("abcdefgh", [1.0]))
+
+
+# ---------------------------------------------------------------- functions, densities, shifts
+
+
+def test_curves_show_functions_told_apart_without_colour():
+    x = np.array([0.0, 1.0, 3.0])
+    ax = plotting.curves(x, {"square": x**2, "cube": x**3}, labels=("x", "y"))
+    square, cube = ax.get_lines()
+    assert square.get_xydata().tolist() == [[0, 0], [1, 1], [3, 9]]
+    assert cube.get_ydata().tolist() == [0, 1, 27]
+    assert square.get_linestyle() != cube.get_linestyle()
+    assert legend_of(ax) == ["square", "cube"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "y")
+
+
+def test_densities_have_area_one():
+    groups = {"few": [0.0, 1.0, 1.0, 2.0], "many": np.linspace(5, 9, 100)}
+    ax = plotting.densities(groups, label="UMIs", n_bins=4)
+    for polygon in ax.patches:
+        x, y = polygon.get_xy().T
+        area = abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2
+        assert area == pytest.approx(1)
+    assert legend_of(ax) == ["few", "many"]
+    assert ax.get_xlabel() == "UMIs"
+
+
+def test_shifts_are_white_at_zero():
+    shift = np.array([[0.0, -2.0, 1.0], [0.0, 0.0, 3.0]])
+    ax = plotting.shifts(shift)
+    (image,) = ax.get_images()
+    assert np.asarray(image.get_array()).tolist() == shift.T.tolist()
+    assert image.get_clim() == (-3, 3)
+    assert min(image.cmap(image.norm(0.0))[:3]) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("draw", "what"),
+    [
+        (lambda many: plotting.curves(np.arange(2), many), "8 curves"),
+        (lambda many: plotting.densities(many, label=""), "8 groups"),
+    ],
+)
+def test_too_many_functions_or_densities(draw, what):
+    with pytest.raises(ValueError, match=what):
+        draw({str(name): [0.0, 1.0] for name in range(8)})
