@@ -86,7 +86,9 @@ def bench_iwelbo(rounds: int) -> Iterator[tuple[str, float]]:
         ratios = seconds["slow"] * (N_DRAWS / SLOW_DRAWS) / seconds["fast"]
         name = f"{threads}_threads_{timer}"
         yield f"{name}.ratio", float(np.median(ratios))
-        yield f"{name}.smallest_ratio", float(ratios.min())
+        # On a busy machine the slow way loses most, and the median flatters us.
+        best = seconds["slow"].min() * (N_DRAWS / SLOW_DRAWS) / seconds["fast"].min()
+        yield f"{name}.ratio_of_best", float(best)
         yield f"{name}.seconds", float(np.median(seconds["fast"]))
     torch.set_num_threads(1)
     some = cells[:300]
