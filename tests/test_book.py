@@ -2,6 +2,8 @@
 something that breaks it.
 """
 
+import base64
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -257,3 +259,14 @@ def test_broken_links_and_anchors_are_found(tmp_path):
         "a.html: b.html#no has no such anchor",
         "a.html: c.html does not exist",
     ]
+
+
+def test_the_readme_shows_a_figure_of_the_book(root):
+    figure = base64.b64encode((root / "book/_static/headline.png").read_bytes()).decode()
+    page = json.loads((root / "notebooks/03_disentanglement.ipynb").read_text())
+    shown = [
+        output.get("data", {}).get("image/png", "").replace("\n", "")
+        for cell in page["cells"]
+        for output in cell.get("outputs", [])
+    ]
+    assert figure in shown, "copy the page's figure to book/_static/headline.png again"
