@@ -44,7 +44,7 @@ def recover(config: Config) -> dict[str, float]:
     config : dict
         ``method``, ``recipe``, ``seed`` (of data and weights alike, as released), ``n_cells`` per
         intervention, ``as_released`` (which simulator); optionally ``n_latent`` (15), ``sparsity``
-        and ``epochs``.
+        and ``max_epochs``.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def recover(config: Config) -> dict[str, float]:
         recipe=config["recipe"],
         n_latent=config.get("n_latent", 15),
         sparsity=config.get("sparsity"),
-        epochs=config.get("epochs"),
+        epochs=config.get("max_epochs"),
         seed=config["seed"],
     )
     start = time.process_time()

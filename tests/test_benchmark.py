@@ -14,7 +14,7 @@ TINY = {
     "recipe": "smslib",
     "method": "svae+",
     "seed": 0,
-    "epochs": 2,
+    "max_epochs": 2,
 }
 
 
@@ -112,7 +112,7 @@ def test_a_run_is_a_function_of_its_configuration(result):
 
 
 def test_shift_free_methods_are_given_a_graph_of_two_edges_per_target():
-    found = benchmark.recover(TINY | {"method": "vae", "epochs": 1})
+    found = benchmark.recover(TINY | {"method": "vae", "max_epochs": 1})
     assert found["n_edges"] == 2 * benchmark.N_TRAINED
 
 
