@@ -349,6 +349,8 @@ SLABS = MappingProxyType({kind.__name__: kind for kind in (NoSlab, PointSlab)})
 GATES = MappingProxyType(
     {kind.__name__: kind for kind in (OpenGate, FixedGate, LogitGate, L1Gate, BetaGate)}
 )
+# From a method's name to its slab and gate, given the number of targets and latents and the
+# sparsity (None for the method's own).
 METHODS: Mapping[str, Callable[[int, int, float | None], tuple[Slab, Gate]]] = MappingProxyType(
     {
         "vae": _shift_free,

@@ -260,3 +260,10 @@ def test_the_bias_of_the_gradient_is_known(logit):
 def test_the_gradient_at_zero_is_a_sixth_where_a_quarter_is_exact():
     _, gradients = straight_through(0.0)
     assert float(gradients.mean()) == pytest.approx(1 / 6, abs=2e-3)
+
+
+@pytest.mark.parametrize("logit", [0.0, 2.0])
+def test_the_bias_vanishes_with_the_temperature(logit):
+    _, gradients = straight_through(logit, temperature=0.02)
+    exact = np.exp(-logit) / (1 + np.exp(-logit)) ** 2
+    assert within_four_errors(gradients, exact)

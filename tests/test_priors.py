@@ -249,6 +249,23 @@ def test_sampled_shifts_have_the_expected_moments():
     assert ((spread.mean(0) - expected.variance).abs() <= 4 * error + 1e-12).all()
 
 
+def test_certain_gates_leave_nothing_to_the_draw():
+    """More targets than any condition has: each cell must draw those of its own condition."""
+    matrix = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 2], [0, 1, 1, 0], [1, 0, 0, 0]])
+    prior = ShiftPrior(
+        Design(("control", "d", "b+c", "a"), ("a", "b", "c", "d"), matrix),
+        PointSlab(4, 3),
+        LogitGate(4, 3),
+    )
+    with torch.no_grad():
+        certain = torch.tensor([[1.0, -1, 1], [1, 1, -1], [-1, 1, 1], [1, -1, -1]])
+        prior.gate.logit.copy_(60 * certain)
+        condition = torch.tensor([3, 1, 0, 2, 1, 2])
+        drawn = prior.of(condition, "sampled").mean
+        expected = matrix @ ((certain > 0) * prior.slab())
+    torch.testing.assert_close(drawn, expected[condition])
+
+
 def test_expected_shifts_are_the_rows_of_the_conditions():
     prior, condition = combined(), torch.tensor([3, 0, 3])
     moments = prior.of(condition, "expected")

@@ -75,6 +75,13 @@ def test_another_seed_gives_other_weights():
     assert not torch.equal(weights(first), weights(second))
 
 
+def test_the_seed_is_that_of_the_draws_too():
+    """With all cells in one batch their order is no matter."""
+    whole = replace(QUICK, batch_size=64, epochs=1)
+    first, second = (trained(replace(whole, seed=s))[1].rows[0]["reconstruction"] for s in (0, 1))
+    assert abs(first - second) > 1e-3
+
+
 def test_validation_does_not_change_the_fit():
     alone, _ = trained(replace(QUICK, keep="last"))
     watched, _ = trained(replace(QUICK, keep="last"), validation=OTHERS)
