@@ -23,14 +23,17 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def html(root):
-    """Render the committed outputs from nothing, with warnings as errors."""
+def html(root, worker_id):
+    """Render the committed outputs from nothing, with warnings as errors.
+
+    Each worker that needs the book renders its own: two in one folder would race.
+    """
     import shutil
 
     from pipeline.render import render
     from pipeline.stage import stage
 
-    output = root / "_build" / "test"
+    output = root / "_build" / "test" / worker_id
     shutil.rmtree(output, ignore_errors=True)
     stage(root, output / "src", None)
     return render(output / "src", output).parent
