@@ -30,6 +30,7 @@ from smslib.train import fit
 
 N_DRAWS, BATCH = 1000, 128
 SLOW_DRAWS = 2  # of the slow way, whose cost is proportional to its draws
+MOST_LOAD = 1.0
 TIMERS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -166,10 +167,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=BENCHMARKS, nargs="*", default=list(BENCHMARKS))
     options = parser.parse_args(arguments)
-    values = {}
+    load = os.getloadavg()[0]
+    if options.out and load > MOST_LOAD:
+        parser.error(
+            f"the load average is {load:.1f}: where threads wait for a core, the slow way loses "
+            "most and the ratios would flatter us; repeat when the machine is idle, or drop --out"
+        )
+    values = {"load_average": load}
     command = "python tests/benchmarks/bench_core.py"
     with store.measure(seeds=[0], command=command) as provenance:
-        values["load_average"] = os.getloadavg()[0]
         for name in options.only:
             for key, value in BENCHMARKS[name](options.rounds):
                 values[f"{name}.{key}"] = value
