@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Real
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import rankdata
 
 __all__ = [
     "Matching",
@@ -84,6 +82,8 @@ def correlations(
     if method not in ("pearson", "spearman"):
         raise ValueError(f"method is {method!r}; expected 'pearson' or 'spearman'")
     if method == "spearman":
+        from scipy.stats import rankdata
+
         true, estimated = rankdata(true, axis=0), rankdata(estimated, axis=0)
     return np.clip(_standardised(true).T @ _standardised(estimated), -1.0, 1.0)
 
@@ -117,6 +117,8 @@ def match_latents(
     ValueError
         As `correlations`.
     """
+    from scipy.optimize import linear_sum_assignment
+
     table = correlations(true, estimated, method=method)
     rows, cols = linear_sum_assignment(table if signed else np.abs(table), maximize=True)
     return Matching(rows, cols, table[rows, cols], table.shape, method, signed)
