@@ -127,7 +127,6 @@ class SMSVAE(nn.Module):
             "norm": norm,
             "dropout": dropout,
             "activation": activation,
-            "estimator": estimator,
         }
         self.prior = prior
         self.estimator = estimator
@@ -264,7 +263,7 @@ class SMSVAE(nn.Module):
     def _config(self) -> dict[str, object]:
         slab, gate = self.prior.slab, self.prior.gate
         return {
-            "model": self.options,
+            "model": {**self.options, "estimator": self.estimator},
             "conditions": self.prior.conditions,
             "targets": self.prior.targets,
             "slab": [type(slab).__name__, slab.options()],

@@ -247,10 +247,7 @@ def history(
         If there are more curves than distinguishable lines.
     """
     ax = _axes(ax)
-    _check_distinguishable(len(curves), "curves")
-    for (name, values), key, dash in zip(curves.items(), _PALETTE, _DASHES, strict=False):
-        kind = {"color": LOOKS[key].colour, "linestyle": dash}
-        ax.plot(np.arange(len(values)), values, label=name, **kind)
+    _lines(ax, {name: (np.arange(len(values)), values) for name, values in curves.items()})
     if best_epoch is not None:
         ax.axvline(best_epoch, color="#666666", linestyle=":", linewidth=1, label="best epoch")
     ax.set(xlabel="epoch", ylabel=label)
@@ -457,9 +454,7 @@ def curves(
         If there are more curves than distinguishable lines.
     """
     ax = _axes(ax)
-    _check_distinguishable(len(lines), "curves")
-    for (name, values), key, dash in zip(lines.items(), _PALETTE, _DASHES, strict=False):
-        ax.plot(x, values, label=name, color=LOOKS[key].colour, linestyle=dash)
+    _lines(ax, {name: (x, values) for name, values in lines.items()})
     ax.set(xlabel=labels[0], ylabel=labels[1])
     ax.legend(loc="best")
     return ax
@@ -560,6 +555,13 @@ def show(figure: Figure | Axes, *, alt: str) -> None:
 def _axes(ax: Axes | None) -> Axes:
     """Return the axes given, or those of a new figure."""
     return panels()[1][0] if ax is None else ax
+
+
+def _lines(ax: Axes, lines: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
+    """Draw named lines, each with a colour and a dash of its own."""
+    _check_distinguishable(len(lines), "curves")
+    for (name, (x, values)), key, dash in zip(lines.items(), _PALETTE, _DASHES, strict=False):
+        ax.plot(x, values, label=name, color=LOOKS[key].colour, linestyle=dash)
 
 
 def _check_distinguishable(n: int, what: str) -> None:

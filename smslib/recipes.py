@@ -8,19 +8,9 @@ from types import MappingProxyType
 
 import torch
 
-from smslib.data import Cells, Design, seeded
+from smslib.data import Cells, Design
 from smslib.model import SMSVAE
-from smslib.priors import (
-    BetaGate,
-    Gate,
-    L1Gate,
-    LogitGate,
-    NoSlab,
-    OpenGate,
-    PointSlab,
-    ShiftPrior,
-    Slab,
-)
+from smslib.priors import LogitGate
 from smslib.train import TrainConfig
 
 __all__ = ["RECIPES", "build"]
@@ -88,28 +78,22 @@ def _paper(
     sVAE; 100, the top of the paper's grid, by default. iVAE has gates without penalty, and only
     the loss of sVAE+ is multiplied by the number of cells, which matters under Adam's eps of 0.01.
     """
-    size = (design.n_targets, n_latent)
     strength = 100.0 if sparsity is None else sparsity
-    per_screen = strength * len(cells) / (size[0] * size[1])
-    parts: dict[str, Callable[[], tuple[Slab, Gate]]] = {
-        "vae": lambda: (NoSlab(*size), OpenGate(*size)),
-        "beta-vae": lambda: (NoSlab(*size), OpenGate(*size)),
-        "ivae": lambda: (PointSlab(*size), LogitGate(*size)),
-        "svae": lambda: (PointSlab(*size), L1Gate(*size, strength=per_screen)),
-        "svae+": lambda: (PointSlab(*size), BetaGate(*size, alpha=strength)),
-    }
-    if method not in parts:
-        raise ValueError(f"unknown method {method!r}; expected one of {sorted(parts)}")
-    with seeded(seed):
-        model = SMSVAE(
-            ShiftPrior(design, *parts[method]()),
-            cells.n_genes,
-            n_latent=n_latent,
-            norm="batch",
-            dropout=0.1,
-            activation="relu",
-            estimator="sampled",
-        )
+    per_screen = strength * len(cells) / (design.n_targets * n_latent)
+    model = SMSVAE.preset(
+        method,
+        design,
+        cells.n_genes,
+        n_latent=n_latent,
+        sparsity={"svae": per_screen, "svae+": strength}.get(method),
+        seed=seed,
+        norm="batch",
+        dropout=0.1,
+        activation="relu",
+        estimator="sampled",
+    )
+    if method == "ivae":
+        model.prior.gate = LogitGate(design.n_targets, n_latent)
     return model, TrainConfig(
         learning_rate=1e-3,
         schedule="constant",

@@ -29,7 +29,7 @@ def binarise(model: SMSVAE, *, threshold: float = 0.5) -> SMSVAE:
     """Return a copy whose gates are fixed, open where more probable than ``threshold``."""
     fixed = copy.deepcopy(model)
     fixed.prior.gate = FixedGate.at(model.prior.graph(threshold=threshold).to(model.prior.dose))
-    fixed.estimator = fixed.options["estimator"] = "expected"
+    fixed.estimator = "expected"
     return fixed
 
 
