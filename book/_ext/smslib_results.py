@@ -3,7 +3,8 @@
 ``{result}`03_full.svae+.mcc:.2f` `` prints the value ``svae+.mcc`` of the experiment
 ``03_full`` from ``book/results/03_full.json``; what stands after the last colon is a format.
 ``{paper}`table1.svae+.mcc` `` prints a published value from ``book/results/paper_values.yml``
-as mean ± standard deviation; ``.mean`` or ``.sd`` at the end picks one of the two.
+as mean ± standard deviation; ``.mean`` or ``.sd`` at the end picks one of the two. A table with
+several settings has rows such as ``s0.2.svae+``: ``{paper}`table5.s0.2.svae+.mcc` ``.
 
 A name that is not there is a warning, which the build treats as an error. A page depends on the
 files that it reads: when only a result changes, its pages are rendered again.
@@ -25,6 +26,7 @@ from sphinx.util.docutils import SphinxRole
 
 RESULTS = "book/results"
 PAPER = "paper_values.yml"
+PARTS = ("mean", "sd")
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +90,20 @@ def result(folder: Path, name: str, spec: str) -> tuple[str, str, Path]:
     return show(value, spec), f"our run, {path.name}: {key}, commit {commit}", path
 
 
+def split_cell(name: str) -> tuple[str, str, str]:
+    """Split ``row.column`` or ``row.column.part`` from the right: a row may hold dots (s0.2)."""
+    rest, _, last = name.rpartition(".")
+    part = last if last in PARTS else ""
+    row, _, column = (rest if part else name).rpartition(".")
+    return row, column, part
+
+
 def published(folder: Path, name: str, spec: str) -> tuple[str, str, Path]:
     """Return the text of a published value, its source, and the file that quotes it."""
     path = folder / PAPER
     table, _, rest = name.partition(".")
     entry = pick(yaml.safe_load(path.read_text()), table, where=path.name)
-    row, _, rest = rest.partition(".")
-    column, _, part = rest.partition(".")
+    row, column, part = split_cell(rest)
     cell = pick(pick(entry["rows"], row, where=table), column, where=f"{table}.{row}")
     spec = spec or f".{entry['columns'][column]['digits']}f"
     numbers = [cell["mean"], cell.get("sd")]
