@@ -1,14 +1,24 @@
 """Scores against sklearn, scipy, cases solved by hand, and the invariances they promise."""
 
 import inspect
+import itertools
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import pearsonr, spearmanr
-from sklearn.linear_model import LinearRegression
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LassoLars, LinearRegression
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    precision_recall_fscore_support,
+)
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.preprocessing import scale
 
 from smslib import metrics, simulate
 
@@ -67,6 +77,17 @@ def f1(true, estimated):
     return metrics.graph_scores(np.abs(true) > 1, np.abs(estimated), matching)["f1"]
 
 
+def edges(true, estimated):
+    """Expected calibration error of edges whose probability grows with the latents' size."""
+    matching = metrics.match_latents(true, estimated)
+    truth, score = metrics.aligned_edges(np.abs(true) > 1, np.abs(estimated), matching)
+    return metrics.calibration(score / score.max(), truth).error
+
+
+def predicted(true, estimated):
+    return float(np.linalg.norm(metrics.out_of_fold(true, estimated)))
+
+
 def hits(true, estimated):
     """Count the agreement of top-1 graphs."""
     graphs = [metrics.top_k_graph(z, 1) for z in (true, estimated)]
@@ -83,13 +104,23 @@ INVARIANT = {
     "correlations": (strongest, LATENT),
     "graph_scores": (f1, (permuted, flipped)),
     "top_k_graph": (hits, (permuted, flipped)),
+    "aligned_edges": (edges, (permuted, flipped)),
+    "calibration": (edges, (permuted, flipped)),
+    "out_of_fold": (predicted, (*LATENT, mixed)),
+    "udr": (lambda t, e: metrics.udr([t, e])[0], (*LATENT, monotone)),
+    "pairwise_mcc": (lambda t, e: metrics.pairwise_mcc([t, e])[0, 1], LATENT),
+    "dci": (metrics.dci, LATENT),
 }
+VALUES = {"Matching", "DCI", "Calibration", "Interval", "Paired"}
+OF_SEEDS = {"interval", "paired"}
+# The lasso is solved to a part in a million of the variance, the rest to rounding.
+TOLERANCE = {"dci": 1e-3}
 CASES = [(name, change) for name, (_, changes) in INVARIANT.items() for change in changes]
 
 
 def test_every_public_metric_is_in_the_registry():
     registered = {name.split(",")[0] for name in INVARIANT}
-    assert registered == set(metrics.__all__) - {"Matching"}
+    assert registered == set(metrics.__all__) - VALUES - OF_SEEDS
 
 
 @pytest.mark.parametrize(("name", "change"), CASES)
@@ -100,7 +131,8 @@ def test_a_change_of_coordinates_keeps_the_score(name, change, seed):
     z = latents(seed)
     estimated = noisy(z, seed + 1)
     changed = change(np.random.default_rng(seed + 2), estimated)
-    assert score(z, changed) == pytest.approx(score(z, estimated), abs=1e-9)
+    near = TOLERANCE.get(name, 1e-9)
+    assert score(z, changed) == pytest.approx(score(z, estimated), abs=near)
 
 
 @pytest.mark.parametrize("name", ["mcc", "mcc, spearman", "linear_r2", "within_condition_mcc"])
@@ -332,6 +364,323 @@ def test_a_perfect_model_scores_half_under_the_released_matching():
     assert ours == [1.0] * 60
 
 
+# ---------------------------------------------------------------- out of fold
+
+
+def test_out_of_fold_predictions_are_sklearns():
+    z = latents(0, n_cells=20)
+    estimated = noisy(z, 1)
+    expected = cross_val_predict(LinearRegression(), estimated, z, cv=LeaveOneOut())
+    np.testing.assert_allclose(metrics.out_of_fold(z, estimated, folds=20), expected)
+
+
+@given(folds=st.integers(2, 30), seed=st.integers(0, 100))
+@settings(max_examples=15, deadline=None)
+def test_no_cell_sees_its_own_truth(folds, seed):
+    z = latents(0, n_cells=30)
+    estimated = noisy(z, 1)
+    changed = z.copy()
+    changed[7] += 100
+    before, after = (
+        metrics.out_of_fold(t, estimated, folds=folds, seed=seed) for t in (z, changed)
+    )
+    np.testing.assert_array_equal(before[7], after[7])
+    assert not np.array_equal(before, after)
+
+
+# ---------------------------------------------------------------- disentanglement, completeness
+
+
+def orthogonal(n_latent, n_cells=64):
+    """Uncorrelated standardised latents: columns of a Hadamard matrix."""
+    from scipy.linalg import hadamard
+
+    return hadamard(n_cells)[:, 1 : n_latent + 1].astype(float)
+
+
+def test_the_truth_is_disentangled_and_complete():
+    z = latents(0)
+    assert metrics.dci(z, z) == pytest.approx((1, 1, 1 - 0.01**2))
+    assert metrics.dci(z, z[:, [2, 0, 3, 1]] * [-3, 1, 0.1, -7]) == pytest.approx((1, 1, 0.9999))
+
+
+def test_one_code_of_two_factors_is_complete_and_entangled():
+    a, b, c = orthogonal(3).T
+    scores = metrics.dci(np.stack([a, b], 1), np.stack([a + b, c], 1))
+    assert scores.disentanglement == pytest.approx(0, abs=1e-6)
+    assert scores.completeness == pytest.approx(1)
+    # Each factor correlates .5**.5 with the sum; the lasso takes .01 off.
+    assert scores.informativeness == pytest.approx(1 / 2 - 0.01**2)
+
+
+def test_two_codes_of_one_factor_are_disentangled_and_incomplete():
+    a, b = orthogonal(2).T
+    scores = metrics.dci(a[:, None], np.stack([a + b, a - b], 1))
+    assert (scores.disentanglement, scores.completeness) == pytest.approx((1, 0), abs=1e-6)
+
+
+def test_correlated_codes_have_the_weights_of_least_angle_regression():
+    z = latents(0, n_cells=200)
+    codes = scale(noisy(z, 1)[:, :3])
+    lasso = LassoLars(0.1, fit_intercept=False).fit(codes, scale(z))
+    importance = np.abs(lasso.coef_).T
+    expected = []
+    for table in (importance, importance.T):
+        scores = [1 - stats.entropy(row, base=table.shape[1]) for row in table]
+        expected.append(np.average(scores, weights=table.sum(1)))
+    expected.append(lasso.score(codes, scale(z)))
+    assert metrics.dci(z, codes, alpha=0.1) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_soft_threshold_by_hand():
+    # Uncorrelated codes: a coefficient is the correlation less alpha, or 0.
+    # Code a: .7 and 0 (of .05); code b: .5 and .5.
+    a, b, c = orthogonal(3).T
+    true = np.stack([0.8 * a + 0.6 * b, 0.05 * a + 0.6 * b + np.sqrt(1 - 0.3625) * c], 1)
+    scores = metrics.dci(true, np.stack([a, b], 1), alpha=0.1)
+    entropy = -(7 / 12 * np.log2(7 / 12) + 5 / 12 * np.log2(5 / 12))
+    assert scores.disentanglement == pytest.approx((0.7 * 1 + 1.0 * 0) / 1.7, abs=1e-6)
+    assert scores.completeness == pytest.approx((1.2 * (1 - entropy) + 0.5 * 1) / 1.7, abs=1e-6)
+    explained = [1 - 0.1**2 - 0.1**2, 1 - (1 - 0.3625) - 0.05**2 - 0.1**2]
+    assert scores.informativeness == pytest.approx(np.mean(explained), abs=1e-6)
+
+
+def test_noise_predicts_nothing():
+    rng = np.random.default_rng(0)
+    z, noise = rng.standard_normal((2, 5000, 5))
+    assert metrics.dci(z, noise).informativeness < 0.005
+    assert metrics.dci(z, noise, alpha=0.1) == (0, 0, 0)
+    assert metrics.dci(z, np.ones((5000, 2))) == (0, 0, 0)
+
+
+def test_rotation_entangles():
+    z = orthogonal(2)
+    scores = []
+    for angle in (0, np.pi / 16, np.pi / 8, np.pi / 4):
+        turn = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+        scores.append(metrics.dci(z, z @ turn))
+    for name in ("disentanglement", "completeness"):
+        course = [getattr(score, name) for score in scores]
+        assert course == sorted(course, reverse=True)
+        assert course[0] == pytest.approx(1)
+        assert course[-1] == pytest.approx(0, abs=1e-6)
+    assert scores[-1].informativeness > 0.999
+
+
+def test_a_full_data_set_takes_seconds():
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((36_000, 15))
+    start = time.process_time()
+    metrics.dci(z, z @ rng.standard_normal((15, 15)))
+    assert time.process_time() - start < 5
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@given(seed=st.integers(0, 1000), n_bins=st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_calibration_is_sklearns(seed, n_bins):
+    rng = np.random.default_rng(seed)
+    probability = np.round(rng.uniform(size=80) ** 3, rng.integers(1, 4))
+    truth = rng.uniform(size=80) < 0.4
+    found = metrics.calibration(probability, truth, n_bins=n_bins)
+    observed, mean = calibration_curve(truth, probability, n_bins=n_bins)
+    used = found.count > 0
+    np.testing.assert_allclose(found.mean[used], mean)
+    np.testing.assert_allclose(found.observed[used], observed)
+    assert found.count.sum() == 80
+    assert np.isnan(found.mean[~used]).all()
+    assert found.brier == pytest.approx(brier_score_loss(truth, probability))
+
+
+def test_calibration_error_by_hand():
+    probability = np.array([0.1, 0.3, 0.9, 0.9, 1.0])
+    found = metrics.calibration(probability, np.array([0, 1, 1, 1, 0]), n_bins=2)
+    # Lower bin: .2 said, .5 seen, two edges. Upper: 2.8 / 3 said, 2 / 3 seen, three edges.
+    assert found.error == pytest.approx((2 * 0.3 + 3 * (2.8 - 2) / 3) / 5)
+    assert found.count.tolist() == [2, 3]
+
+
+def test_certain_and_right_is_calibrated_and_certain_and_wrong_is_not():
+    truth = np.array([True, False, False])
+    assert metrics.calibration(truth.astype(float), truth)[:2] == (0, 0)
+    assert metrics.calibration(1.0 - truth, truth)[:2] == (1, 1)
+
+
+def test_probabilities_that_are_frequencies_are_calibrated():
+    rng = np.random.default_rng(0)
+    probability = rng.uniform(size=100_000)
+    truth = rng.uniform(size=100_000) < probability
+    assert metrics.calibration(probability, truth).error < 0.01
+    assert metrics.calibration(probability**3, truth).error > 0.2
+
+
+def test_aligned_edges_by_hand():
+    true = np.array([[2.0, 0, 0], [0, -1, 1]])
+    matching = metrics.Matching(
+        np.array([0, 2]), np.array([1, 0]), np.ones(2), (3, 3), "pearson", False
+    )
+    estimated = np.array([[0.1, 0.9, 0.2], [0.8, 0.3, 0.4]])
+    truth, probability = metrics.aligned_edges(true, estimated, matching)
+    # Columns: true 0 with code 1, true 1 alone, true 2 with code 0, code 2 alone.
+    assert probability.tolist() == [0.9, 0, 0.1, 0.2, 0.3, 0, 0.8, 0.4]
+    assert truth.tolist() == [True, False, False, False, False, True, True, False]
+
+
+# ---------------------------------------------------------------- agreement between models
+
+
+def test_udr_of_two_by_two_by_hand():
+    first = np.array([[1.0, 1], [2, 3], [3, 5], [4, 2], [5, 4]])
+    second = np.array([[2.0, 5], [1, 2], [3, 3], [5, 1], [4, 4]])
+    # Five ranks without ties correlate 1 - d / 20, d the sum of squared differences of rank:
+    # 4 and 26 for the first latent of the first model, 18 and 22 for its second.
+    r = np.array([[0.8, 0.3], [0.1, 0.1]])
+    np.testing.assert_allclose(np.abs(metrics.correlations(first, second, method="spearman")), r)
+    rows = 0.8**2 / (0.8 + 0.3) + 0.1**2 / (0.1 + 0.1)
+    columns = 0.8**2 / (0.8 + 0.1) + 0.3**2 / (0.3 + 0.1)
+    expected = (rows + columns) / (2 + 2)
+    np.testing.assert_allclose(metrics.udr([first, second]), [expected, expected])
+    # Without the second latent of the second model, three latents are left to average.
+    expected = (0.8**2 / 0.8 + 0.1**2 / 0.1 + 0.8**2 / (0.8 + 0.1)) / (2 + 1)
+    kl = [np.ones(2), np.array([1, 0.005])]
+    np.testing.assert_allclose(metrics.udr([first, second], kl=kl), [expected, expected])
+
+
+def literal_udr(codes, kl):
+    """Sum by sum, as the formula is printed."""
+    n_models, score = len(codes), {}
+    for i, j in itertools.permutations(range(n_models), 2):
+        live = [np.flatnonzero(kl[model] > 0.01) for model in (i, j)]
+        r = {
+            (a, b): abs(spearmanr(codes[i][:, a], codes[j][:, b]).statistic)
+            for a in live[0]
+            for b in live[1]
+        }
+        total = sum(
+            max(r[a, b] for a in live[0]) ** 2 / sum(r[a, b] for a in live[0]) for b in live[1]
+        ) + sum(
+            max(r[a, b] for b in live[1]) ** 2 / sum(r[a, b] for b in live[1]) for a in live[0]
+        )
+        score[i, j] = total / (len(live[0]) + len(live[1]))
+    return [np.median([score[i, j] for j in range(n_models) if j != i]) for i in range(n_models)]
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=5, deadline=None)
+def test_udr_is_its_formula(seed):
+    rng = np.random.default_rng(seed)
+    z = latents(seed)
+    codes = [noisy(z, seed + model)[:, : 4 - model % 2] for model in range(4)]
+    kl = [rng.choice([0.5, 0.02, 0.001], code.shape[1]) for code in codes]
+    for nats in kl:
+        nats[0] = 1.0
+    np.testing.assert_allclose(metrics.udr(codes, kl=kl), literal_udr(codes, kl), atol=1e-12)
+
+
+def test_relabelled_models_agree_and_rotated_ones_do_not():
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((20_000, 5))
+    same = [flipped(rng, permuted(rng, z)) for _ in range(3)]
+    turned = [z @ np.linalg.qr(rng.standard_normal((5, 5)))[0] for _ in range(3)]
+    assert (metrics.udr(same) > 0.95).all()
+    assert (metrics.udr(turned) < 0.6).all()
+    mixed_company = metrics.udr([*same, turned[0]])
+    assert mixed_company.argmin() == 3
+    np.testing.assert_allclose(metrics.pairwise_mcc(same), 1)
+    assert metrics.pairwise_mcc(turned)[0, 1] < 0.9
+
+
+def test_dead_latents_are_ignored():
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((500, 3))
+    codes = [z, permuted(rng, z), flipped(rng, z)]
+    noise = [1e-3 * rng.standard_normal((500, 2)) for _ in codes]
+    wide = [np.hstack([code, dead]) for code, dead in zip(codes, noise, strict=True)]
+    kl = [np.array([1, 1, 1, 0.01, 0])] * 3
+    np.testing.assert_allclose(metrics.udr(wide, kl=kl), metrics.udr(codes))
+    assert (metrics.udr(wide) < metrics.udr(codes)).all()
+    constant = [np.hstack([code, np.full((500, 2), 7.0)]) for code in codes]
+    np.testing.assert_allclose(metrics.udr(constant), metrics.udr(codes))
+
+
+def test_nothing_informative_agrees_with_nothing():
+    z = latents(0)
+    codes = [z, z, z]
+    assert metrics.udr(codes, kl=[np.zeros(4)] * 3).tolist() == [0, 0, 0]
+    # One model collapsed: the others still agree with each other in one of two partners.
+    kl = [np.ones(4), np.ones(4), np.zeros(4)]
+    assert metrics.udr(codes, kl=kl)[2] == 0
+    assert metrics.udr(codes, kl=kl)[0] == pytest.approx(metrics.udr(codes)[0] / 2)
+    assert metrics.udr([np.ones((5, 2)), np.ones((5, 3))]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("method", ["pearson", "spearman"])
+def test_pairwise_mcc_is_the_mcc_of_every_pair(method):
+    z = latents(0)
+    codes = [noisy(z, 1), noisy(z, 2)[:, :3], z]
+    expected = [[metrics.mcc(a, b, method=method) for b in codes] for a in codes]
+    np.testing.assert_allclose(metrics.pairwise_mcc(codes, method=method), expected)
+
+
+# ---------------------------------------------------------------- intervals over seeds
+
+SCORES = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
+
+
+@given(values=SCORES, level=st.floats(0.5, 0.999))
+@settings(max_examples=40, deadline=None)
+def test_intervals_are_scipys(values, level):
+    found = metrics.interval(values, level=level)
+    assert found.n == len(values)
+    assert found.mean == pytest.approx(np.mean(values), abs=1e-12)
+    if np.ptp(values) > 1e-6:
+        expected = stats.t.interval(
+            level, len(values) - 1, loc=np.mean(values), scale=stats.sem(values)
+        )
+        assert found[1:3] == pytest.approx(expected)
+
+
+def test_an_interval_by_hand():
+    # sd 1, standard error 1 / sqrt(3), t of 2 degrees of freedom 4.303 (any printed table).
+    found = metrics.interval([1.0, 2.0, 3.0])
+    assert found == pytest.approx((2, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5, 3), abs=1e-3)
+
+
+def test_one_seed_has_no_interval():
+    found = metrics.interval([0.9])
+    assert (found.mean, found.n) == (0.9, 1)
+    assert np.isnan(found[1:3]).all()
+    assert np.isnan(metrics.paired([0.9], [0.8])[1:3]).all()
+    assert np.isnan(metrics.paired([0.9], [0.8]).p_value)
+
+
+def test_equal_values_have_an_interval_of_no_width():
+    assert metrics.interval(3 * [0.5]) == (0.5, 0.5, 0.5, 3)
+    assert metrics.paired(3 * [0.5], 3 * [0.5]) == (0, 0, 0, 3, 1)
+    assert metrics.paired(3 * [0.75], 3 * [0.5]) == (0.25, 0.25, 0.25, 3, 0)
+
+
+@given(seed=st.integers(0, 1000), n=st.integers(2, 10))
+@settings(max_examples=30, deadline=None)
+def test_paired_differences_are_scipys(seed, n):
+    a, b = np.random.default_rng(seed).standard_normal((2, n))
+    found, test = metrics.paired(a, b, level=0.9), stats.ttest_rel(a, b)
+    assert found.p_value == pytest.approx(test.pvalue)
+    assert found[:3] == pytest.approx((np.mean(a - b), *test.confidence_interval(0.9)))
+    swapped = metrics.paired(b, a, level=0.9)
+    assert swapped == pytest.approx((-found.mean, -found.high, -found.low, n, found.p_value))
+
+
+def test_pairing_removes_what_the_seeds_share():
+    rng = np.random.default_rng(0)
+    data = rng.normal(scale=10, size=10)
+    better, worse = data + 1 + 0.1 * rng.standard_normal(10), data
+    assert metrics.paired(better, worse).p_value < 1e-6
+    assert metrics.interval(better).low < metrics.interval(worse).high
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -353,15 +702,56 @@ Z = np.ones((4, 2)) * np.arange(4)[:, None]
             lambda: unchecked(metrics.correlations)(Z, Z, method="kendall"),
             "method is 'kendall'; expected 'pearson' or 'spearman'",
         ),
-        (lambda: metrics.linear_r2(Z, Z, folds=1), r"folds=1; expected None .* from 2 to 4"),
-        (lambda: metrics.linear_r2(Z, Z, folds=5), r"folds=5; expected None .* from 2 to 4"),
+        (lambda: metrics.linear_r2(Z, Z, folds=1), r"folds=1; expected a number from 2 to 4"),
+        (lambda: metrics.out_of_fold(Z, Z, folds=5), r"folds=5; expected a number from 2 to 4"),
+        (lambda: metrics.dci(Z, Z, alpha=0.0), r"alpha=0.0; expected a positive penalty"),
+        (lambda: metrics.udr([Z]), "codes holds 1 models; expected at least 2"),
+        (lambda: metrics.pairwise_mcc([Z, Z[:0]]), r"codes\[1\] has shape \(0, 2\); expected"),
+        (
+            lambda: unchecked(metrics.udr)([Z, Z[:3]]),
+            r"codes have \[4, 3\] rows; expected the same",
+        ),
+        (
+            lambda: metrics.udr([Z, Z], kl=[np.ones(2), np.ones(3)]),
+            r"kl has shapes \[\(2,\), \(3,\)\]; expected \[\(2,\), \(2,\)\], one per latent",
+        ),
+        (
+            lambda: metrics.udr([Z, Z], kl=[np.ones(2), np.full(2, np.nan)]),
+            "kl holds NaN; expected mean divergences in nats",
+        ),
+        (lambda: metrics.interval([]), r"values has shape \(0,\); expected one number per seed"),
+        (lambda: metrics.interval([1.0, np.inf]), r"values is \[1.0, inf\]; expected finite"),
+        (
+            lambda: metrics.interval([1.0], level=95.0),
+            "level=95.0; expected a coverage between 0 and",
+        ),
+        (
+            lambda: metrics.paired([1.0], [1.0, 2.0]),
+            "a has 1 values and b 2; expected the same seeds",
+        ),
+        (
+            lambda: unchecked(metrics.calibration)(Z[:, 0], Z),
+            r"probabilities have shape \(4,\), truth \(4, 2\); expected two flat arrays",
+        ),
+        (
+            lambda: metrics.calibration(np.array([0.5, -2]), np.ones(2)),
+            "probabilities hold -2.0; expected numbers from 0 to 1",
+        ),
+        (
+            lambda: metrics.calibration(np.array([np.nan]), np.ones(1)),
+            "probabilities hold nan; expected numbers from 0 to 1",
+        ),
+        (
+            lambda: metrics.calibration(np.ones(1), np.ones(1), n_bins=0),
+            "n_bins=0; expected at least 1",
+        ),
         (
             lambda: unchecked(metrics.within_condition_mcc)(Z, Z, np.arange(3)),
             r"condition has shape \(3,\); expected \(4,\), one per cell",
         ),
         (lambda: metrics.top_k_graph(Z, 3), "k=3; expected 1 to 2, the number of latents"),
         (
-            lambda: unchecked(metrics.graph_scores)(Z, Z[:3], identity(2)),
+            lambda: unchecked(metrics.aligned_edges)(Z, Z[:3], identity(2)),
             r"true graph has shape \(4, 2\), estimated \(3, 2\); expected two matrices with one",
         ),
         (
