@@ -54,17 +54,18 @@ def badge(claim: Claim, store: Store) -> nodes.inline:
     return found
 
 
-def number(text: str, digits: int, store: Store, arm: str) -> str:
-    """Return a number with its interval, or a dash where it is not stored."""
-    if not text:
-        return DASH
+def number(text: str, digits: int, store: Store, arm: str) -> list[Node]:
+    """Return a number and its interval, or a dash where it is not stored."""
     try:
-        found = show(float(ledger.evaluate(text, store, arm)), f".{digits}f")
+        found = show(float(ledger.evaluate(text, store, arm)), f".{digits}f") if text else DASH
     except NotStored:
-        return DASH
-    ends = ledger.interval(text, store, arm)
-    inner = ", ".join(show(end, f".{digits}f") for end in ends or ())
-    return f"{found} [{inner}]" if ends else found
+        return [nodes.Text(DASH)]
+    ends = ledger.interval(text, store, arm) if text else None
+    if ends is None:
+        return [nodes.Text(found)]
+    inner = ", ".join(show(end, f".{digits}f") for end in ends)
+    interval = nodes.inline("", f"[{inner}]", classes=["claim-interval"])
+    return [nodes.Text(found), nodes.Text(" "), interval]
 
 
 def depend(env: BuildEnvironment, claims: Iterable[Claim]) -> None:
@@ -198,8 +199,8 @@ def _verdict(claim: Claim, arm: str, store: Store) -> list[Node]:
 
 def _figure(figure: Figure, store: Store) -> nodes.row:
     published = number(figure.paper, figure.digits, store, "")
-    ours = [[number(figure.value, figure.digits, store, arm)] for arm in ARMS]
-    return _row([figure.label], [published], *ours)
+    ours = [number(figure.value, figure.digits, store, arm) for arm in ARMS]
+    return _row([figure.label], published, *ours)
 
 
 def _table(header: Sequence[str], rows: Sequence[nodes.row], name: str) -> nodes.table:
