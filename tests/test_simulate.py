@@ -1,6 +1,8 @@
 """Simulated screens: the published generator's numbers, and truth that hangs together."""
 
+import hashlib
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,9 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
-from scipy.stats import multivariate_normal, norm, poisson
+from scipy.stats import (
+    binom,
+    binomtest,
+    chisquare,
+    kstest,
+    multivariate_normal,
+    norm,
+    poisson,
+)
 
 from smslib import metrics, simulate
+from smslib.simulate import Mechanism
 
 SMALL = {"n_cells_per_condition": 20, "n_targets": 30, "n_latent": 6, "n_genes": 45}
 
@@ -36,6 +47,30 @@ def network(screen, z):
         hidden = hidden @ weight.numpy()
         hidden = np.maximum(hidden, 0.2 * hidden)
     return hidden @ screen.decoder.weights[-1].numpy()
+
+
+def fingerprint(screen):
+    """Hash what stored results depend on; counts are whole numbers, so rounding cannot show."""
+    digest = hashlib.sha256()
+    parts = (screen.cells.counts.int(), screen.cells.condition.int(), screen.graph)
+    for part in (*parts, screen.z, screen.shift):
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("as_released", "seed", "expected"),
+    [
+        (False, 0, "9e09117b3f77e193"),
+        (False, 1024, "89b3a1b46c392a9e"),
+        (True, 0, "e45a732577cac30d"),
+        (True, 1024, "a19bc61be350ab32"),
+    ],
+)
+def test_the_screens_of_the_stored_results_are_drawn_again(as_released, seed, expected):
+    """Recorded before mechanisms could be chosen."""
+    screen = simulate.sparse_shift(**SMALL, as_released=as_released, seed=seed)
+    assert fingerprint(screen) == expected
 
 
 # ---------------------------------------------------------------- the released generator
@@ -94,6 +129,231 @@ def test_written_targets_are_one_two_or_three_alike():
 def test_one_latent_is_enough():
     screen = simulate.sparse_shift(n_cells_per_condition=2, n_targets=5, n_latent=1)
     assert screen.graph.all()
+
+
+# ---------------------------------------------------------------- one slip at a time
+
+
+def test_as_released_is_short_for_both_switches():
+    for as_released, normaliser in ((True, "cells"), (False, "genes")):
+        short = simulate.sparse_shift(**SMALL, as_released=as_released)
+        spelled = simulate.sparse_shift(
+            **SMALL,
+            as_released=not as_released,
+            normaliser=normaliser,
+            with_replacement=as_released,
+        )
+        assert fingerprint(short) == fingerprint(spelled)
+
+
+def test_the_normaliser_alone_changes_counts_only():
+    released = simulate.sparse_shift(**SMALL, as_released=True)
+    mended = simulate.sparse_shift(**SMALL, as_released=True, normaliser="genes")
+    assert torch.equal(released.graph, mended.graph)
+    assert torch.equal(released.z, mended.z)
+    np.testing.assert_allclose(mended.decoder.log_rate(mended.z).exp().sum(1), 1e5, rtol=1e-9)
+    np.testing.assert_allclose(released.decoder.log_rate(released.z).exp().sum(0), 1e6, rtol=1e-4)
+
+
+def test_replacement_alone_changes_the_graph_only():
+    released = simulate.sparse_shift(**SMALL, as_released=True)
+    mended = simulate.sparse_shift(**SMALL, as_released=True, with_replacement=False)
+    written = simulate.sparse_shift(**SMALL, as_released=False)
+    assert not torch.equal(released.graph, mended.graph)
+    assert torch.equal(mended.graph, written.graph)
+    assert all(map(torch.equal, released.decoder.weights, mended.decoder.weights))
+    np.testing.assert_allclose(mended.decoder.log_rate(mended.z).exp().sum(0), 1e6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- mechanisms
+
+ONE_CELL = {"n_cells_per_condition": 1, "n_genes": 40}
+
+
+def truth(mechanism, *, n_targets=2000, n_latent=5, seed=0, **rest):
+    """Graph and shifts of a screen with one cell per target, as numpy."""
+    screen = simulate.sparse_shift(
+        **ONE_CELL, n_targets=n_targets, n_latent=n_latent, seed=seed, mechanism=mechanism, **rest
+    )
+    return screen.graph.numpy(), screen.shift[1:].double().numpy()
+
+
+mechanisms = st.builds(
+    Mechanism,
+    effect=st.floats(0.5, 8),
+    effect_sd=st.floats(0.01, 0.1),
+    density=st.none() | st.floats(0.01, 1),
+    n_affected=st.none() | st.integers(1, 6),
+)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.9, 0.99])
+def test_edges_are_fair_coins_of_the_density(density):
+    """Edges per target and per latent, and empty targets, against the binomial."""
+    graph, _ = truth(Mechanism(density=density))
+    assert binomtest(int(graph.sum()), graph.size, density).pvalue > 0.01
+    for column in graph.T:
+        assert binomtest(int(column.sum()), len(column), density).pvalue > 0.001
+    expected = 2000 * binom(5, density).pmf(range(6))
+    seen = np.bincount(graph.sum(1), minlength=6)
+    common = expected > 5
+    if not common.all():
+        seen, expected = ([*v[common], v[~common].sum()] for v in (seen, expected))
+    assert chisquare(seen, expected).pvalue > 0.01
+
+
+def test_a_fifth_of_five_latents_leaves_a_third_of_the_targets_idle():
+    """0.8 ** 5 = 0.328: kept, their cells are those of the control."""
+    graph, shift = truth(Mechanism(density=0.2))
+    idle = ~graph.any(1)
+    assert binomtest(int(idle.sum()), 2000, 0.8**5).pvalue > 0.01
+    assert (shift[idle] == 0).all()
+
+
+def test_exact_densities_choose_every_subset_alike():
+    """Half of four latents: six pairs."""
+    graph, _ = truth(Mechanism(density=0.5, exact=True), n_latent=4)
+    pairs = [tuple(np.flatnonzero(row)) for row in graph]
+    seen = [pairs.count(pair) for pair in combinations(range(4), 2)]
+    assert sum(seen) == 2000
+    assert chisquare(seen).pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    ("density", "n_latent", "n_affected", "expected"),
+    [(0.2, 10, None, 2), (0.9, 10, None, 9), (0.99, 10, None, 10), (0.2, 5, None, 1)]
+    + [(0.01, 5, None, 1), (0.5, 10, 4, 2)],
+)
+def test_exact_densities_give_every_target_as_many_edges(density, n_latent, n_affected, expected):
+    mechanism = Mechanism(density=density, exact=True, n_affected=n_affected)
+    graph, _ = truth(mechanism, n_targets=50, n_latent=n_latent)
+    assert (graph.sum(1) == expected).all()
+
+
+def test_one_affected_latent_is_every_targets():
+    graph, _ = truth(Mechanism(n_affected=1), n_targets=50)
+    assert graph[:, 0].all()
+    assert not graph[:, 1:].any()
+
+
+@pytest.mark.parametrize("n_affected", [2, 4, 7])
+def test_one_to_three_of_the_affected_latents(n_affected):
+    """Without replacement min(t, n) edges, t = 1, 2, 3 alike; every affected latent alike."""
+    graph, _ = truth(Mechanism(n_affected=n_affected), n_latent=8, n_targets=1500)
+    assert not graph[:, n_affected:].any()
+    sizes = np.minimum([1, 2, 3], n_affected)
+    expected = 500 * np.bincount(sizes, minlength=4)[1:]
+    possible = expected > 0
+    seen = np.bincount(graph.sum(1), minlength=4)[1:]
+    assert (seen[~possible] == 0).all()
+    assert chisquare(seen[possible], expected[possible]).pvalue > 0.01
+    for column in graph.T[:n_affected]:
+        assert binomtest(int(column.sum()), 1500, sizes.mean() / n_affected).pvalue > 0.001
+
+
+def test_replacement_repeats_among_the_affected_latents():
+    """t draws of n leave n (1 - (1 - 1/n) ** t) distinct ones; the released density at n = 5."""
+    graph, _ = truth(Mechanism(n_affected=5), n_latent=8, as_released=True)
+    expected = np.mean([1 - 0.8**t for t in (1, 2, 3)])
+    assert expected == pytest.approx(0.350, abs=0.001)
+    assert graph[:, :5].mean() == pytest.approx(expected, abs=0.015)
+
+
+@settings(max_examples=30, deadline=None)
+@given(mechanism=mechanisms, seed=st.integers(0, 1000), as_released=st.booleans())
+def test_any_mechanism_keeps_to_its_latents_and_effect(mechanism, seed, as_released):
+    graph, shift = truth(
+        mechanism, n_targets=20, n_latent=6, seed=seed, with_replacement=as_released
+    )
+    assert not graph[:, mechanism.n_affected or 6 :].any()
+    assert ((shift != 0) == graph).all()
+    far = np.abs(np.abs(shift[graph]) - mechanism.effect)
+    assert (far < 6 * mechanism.effect_sd).all()
+    if mechanism.density is None:
+        assert (graph.sum(1) >= 1).all()
+        assert (graph.sum(1) <= min(3, mechanism.n_affected or 6)).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    densities=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted),
+    exact=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_denser_graphs_contain_sparser_ones(densities, exact, seed):
+    sparse, dense = (
+        truth(Mechanism(density=s, exact=exact), n_targets=20, seed=seed)[0] for s in densities
+    )
+    assert (dense | ~sparse).all()
+
+
+@pytest.mark.parametrize(
+    ("effect", "effect_sd"), [(1.0, 0.5), (2.0, 0.5), (5.0, 0.5), (5.0, 0.5**0.5)]
+)
+def test_shifts_are_the_mixture_of_equation_14(effect, effect_sd):
+    """Half N(-e, sd), half N(e, sd), against its distribution function."""
+    _, shift = truth(Mechanism(effect=effect, effect_sd=effect_sd, density=1.0))
+    low, high = norm(-effect, effect_sd), norm(effect, effect_sd)
+    assert kstest(shift.ravel(), lambda x: (low.cdf(x) + high.cdf(x)) / 2).pvalue > 0.01
+    assert shift.var() == pytest.approx(effect**2 + effect_sd**2, rel=0.03)
+
+
+def test_the_default_mechanism_is_the_papers():
+    assert fingerprint(simulate.sparse_shift(**SMALL)) == fingerprint(
+        simulate.sparse_shift(**SMALL, mechanism=Mechanism(effect=5.0, effect_sd=0.5))
+    )
+
+
+def test_effects_leave_everything_else_unchanged():
+    """A larger effect moves the same latents the same way."""
+    graph, shift = truth(Mechanism(effect=2.0))
+    other, further = truth(Mechanism(effect=5.0))
+    assert (graph == other).all()
+    np.testing.assert_allclose(further - shift, 3 * np.sign(further), atol=1e-5)
+
+
+# ---------------------------------------------------------------- held-out mechanisms
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 29),
+    mechanism=mechanisms,
+    other=mechanisms,
+    as_released=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_held_out_targets_change_nothing_before_them(n, mechanism, other, as_released, seed):
+    small = {**SMALL, "n_cells_per_condition": 2, "seed": seed, "as_released": as_released}
+    plain = simulate.sparse_shift(**small, mechanism=mechanism)
+    split = simulate.sparse_shift(**small, mechanism=mechanism, held_out=(n, other))
+    late = simulate.sparse_shift(**small, mechanism=other)
+    first = 30 - n
+    assert torch.equal(split.graph[:first], plain.graph[:first])
+    assert torch.equal(split.shift[: first + 1], plain.shift[: first + 1])
+    assert torch.equal(split.graph[first:], late.graph[first:])
+    assert torch.equal(split.shift[first + 1 :], late.shift[first + 1 :])
+    assert all(map(torch.equal, split.decoder.weights, plain.decoder.weights))
+    mine = split.cells.condition <= first
+    assert torch.equal(split.z[mine], plain.z[mine])
+
+
+def test_holding_out_with_the_same_mechanism_changes_nothing():
+    mechanism = Mechanism(density=0.4, effect=2.0)
+    assert fingerprint(simulate.sparse_shift(**SMALL, mechanism=mechanism)) == fingerprint(
+        simulate.sparse_shift(**SMALL, mechanism=mechanism, held_out=(7, mechanism))
+    )
+
+
+def test_held_out_cells_share_the_released_normaliser():
+    """As released: a gene's million is shared with the cells that are held out."""
+    screen = simulate.sparse_shift(
+        **SMALL, as_released=True, held_out=(10, Mechanism(density=0.9, effect=7.0))
+    )
+    rate = screen.decoder.log_rate(screen.z).exp()
+    np.testing.assert_allclose(rate.sum(0), 1e6, rtol=1e-4)
+    assert (screen.graph[20:].double().mean() - 0.9).abs() < 0.1
+    assert screen.graph[:20].sum(1).max() <= 3
 
 
 # ---------------------------------------------------------------- truth
@@ -282,6 +542,36 @@ def test_the_oracle_integrates(one_latent):
     assert (found.n_effective <= 2000).all()
 
 
+def test_the_oracle_integrates_two_latents_far_from_the_origin():
+    """Dense and strong shifts, against a grid of 361 x 361 points."""
+    screen = simulate.sparse_shift(
+        n_cells_per_condition=1000,
+        n_targets=5,
+        n_latent=2,
+        n_genes=40,
+        as_released=True,
+        mechanism=Mechanism(density=1.0, effect=7.0),
+    )
+    cells = screen.cells.of(torch.tensor([3]))[:24]
+    centre = screen.shift[3].double()
+    step = 12 / 360
+    axis = torch.linspace(-6, 6, 361, dtype=torch.float64)
+    grid = centre + torch.cartesian_prod(axis, axis)
+    log_rate = screen.decoder.log_rate(grid)
+    counts = cells.counts.double()
+    log_joint = (
+        counts @ log_rate.T
+        - log_rate.exp().sum(1)
+        - torch.lgamma(counts + 1).sum(1, keepdim=True)
+        + torch.from_numpy(norm(centre, 1).logpdf(grid)).sum(1)
+    )
+    expected = torch.logsumexp(log_joint, 1) + 2 * np.log(step)
+    found = simulate.oracle(screen, cells)
+    np.testing.assert_allclose(found.log_prob, expected, atol=0.25)
+    assert (found.log_prob - expected).mean() == pytest.approx(0, abs=0.03)
+    np.testing.assert_allclose(found.mean, torch.softmax(log_joint, 1) @ grid, atol=0.05)
+
+
 def test_the_floor_with_an_observed_library(one_latent):
     """log p(x | library, c) + log Poisson(library; library), by integration."""
     library = one_latent.cells.library.double().squeeze(-1)
@@ -311,6 +601,16 @@ def test_the_released_screen_has_the_known_floors_and_ceilings(released):
     assert found.log_prob.mean() == pytest.approx(-336.9, abs=float(3 * error))
     assert 0.985 < metrics.mcc(z, found.mean) < 0.995
     assert 0.97 < metrics.linear_r2(z, found.mean) < 0.99
+
+
+def test_the_proposal_covers_fifteen_latents(released):
+    """Gaussians at the modes alone reach about 70 effective draws of 500, these 120."""
+    cells = released.cells[:64]
+    runs = [simulate.oracle(released, cells, seed=seed) for seed in (0, 1)]
+    assert runs[0].n_effective.median() > 90
+    difference = runs[0].log_prob - runs[1].log_prob
+    assert difference.mean() == pytest.approx(0, abs=0.1)
+    assert difference.std() < 0.5
 
 
 def test_the_observed_library_is_worth_two_nats(released):
@@ -358,3 +658,42 @@ def test_impossible_sizes(sizes, message):
 def test_unknown_condition():
     with pytest.raises(KeyError, match="unknown condition 'JAK2'"):
         simulate.restrict(simulate.sparse_shift(**SMALL), ["JAK2"])
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"effect": 0.0}, "effect=0.0, effect_sd=0.5; expected a positive effect"),
+        ({"effect": -5.0}, "effect=-5.0, .* .signs are drawn: both occur."),
+        ({"effect": float("nan")}, "effect=nan"),
+        ({"effect_sd": -1.0}, "effect_sd=-1.0; .* standard deviation of at least 0"),
+        ({"density": 0.0}, r"density=0.0; expected a fraction of edges in \(0, 1\]"),
+        ({"density": 20.0}, "density=20.0; .* or None for one to three"),
+        ({"exact": True}, "exact=True without a density; .* such as density=0.2"),
+        ({"n_affected": 0}, "n_affected=0; expected at least 1 latent, or None for all"),
+    ],
+)
+def test_impossible_mechanisms(given_, message):
+    with pytest.raises(ValueError, match=message):
+        Mechanism(**given_)
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"normaliser": "gene"}, "normaliser='gene'; expected 'cells' .* 'genes' .* or None"),
+        ({"held_out": (30, Mechanism())}, r"held_out=\(30, ...\) of n_targets=30; .* 1 left"),
+        ({"held_out": (0, Mechanism())}, r"held_out=\(0, ...\) .* at least 1 target held out"),
+        ({"mechanism": Mechanism(n_affected=7)}, "n_affected=7, n_latent=6; .* lower n_affected"),
+        ({"held_out": (5, Mechanism(n_affected=9))}, "n_affected=9, n_latent=6"),
+    ],
+)
+def test_impossible_screens(given_, message):
+    with pytest.raises(ValueError, match=message):
+        simulate.sparse_shift(**SMALL, **given_)
+
+
+@pytest.mark.parametrize("sizes", [{"n_draws": 0}, {"n_starts": 0}])
+def test_an_oracle_of_no_draws(one_latent, sizes):
+    with pytest.raises(ValueError, match="=0.*expected at least 1 of each .500 draws from 4"):
+        simulate.oracle(one_latent, one_latent.cells[:2], **sizes)
