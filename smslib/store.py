@@ -22,7 +22,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Stored", "get", "measure", "plain", "put", "read_json", "write_json", "write_text"]
+__all__ = [
+    "Stored",
+    "get",
+    "measure",
+    "plain",
+    "put",
+    "read_json",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 DIGITS = 6
 
@@ -218,17 +228,22 @@ def write_json(path: str | Path, payload: Mapping[str, Any]) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file, whole or not at all; return the path.
+    """Write a text file, whole or not at all; return the path."""
+    return write_bytes(path, text.encode())
 
-    The text goes to a file beside the target, which then takes its place: a reader sees the old
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a file, whole or not at all; return the path.
+
+    The content goes to a file beside the target, which then takes its place: a reader sees the old
     file or the new one, and a crash leaves the old one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with draft.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

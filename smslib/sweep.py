@@ -1,7 +1,7 @@
 """Many runs: a study is a list of configurations, a run is a file.
 
 A run belongs to its configuration: its file is named by a hash of it. So resuming, collecting and
-surviving a crash are the same operation (look which files exist) on a laptop and on a cluster.
+surviving a kill are the same operation (look which files exist) on a laptop and on a cluster.
 """
 
 from __future__ import annotations
@@ -11,22 +11,38 @@ import copy
 import hashlib
 import itertools
 import json
+import operator
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Future, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from smslib import store
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import pandas as pd
 
-__all__ = ["axis", "chain", "collect", "product", "run", "run_id", "zip_"]
+__all__ = [
+    "axis",
+    "chain",
+    "collect",
+    "cost",
+    "gather",
+    "product",
+    "read",
+    "run",
+    "run_id",
+    "zip_",
+]
 
 Config = Mapping[str, Any]
 Task = Callable[[dict[str, Any]], Mapping[str, Any]]
+_RECORD = {"run_id", "provenance"}  # columns that neither configuration nor result may name
+_AS_JSON = {b"smslib": b"json"}  # marks the columns of a parquet file that hold JSON text
 
 
 @runtime_checkable
@@ -108,14 +124,17 @@ def run(
     study: Sequence[Config],
     root: str | Path,
     *,
+    index: int | Iterable[int] | None = None,
     executor: SupportsSubmit | None = None,
     wait: bool = True,
+    retry: bool = False,
 ) -> list[Job]:
     """Run what is missing of a study, each configuration into ``<root>/<run_id>.json``.
 
-    The file holds ``config``, ``result`` (what the task returned) and ``provenance``. A task that
-    raises leaves its traceback in ``<run_id>.error`` and the other runs go on; run the study again
-    to retry it.
+    The file holds ``config``, ``result`` (what the task returned) and ``provenance``. This one
+    small file is all that a run leaves: it appears whole or not at all, so a study killed at any
+    moment resumes where it was. A task that raises leaves ``<run_id>.error`` (``config``,
+    ``error``, ``traceback``) and the other runs go on. On a terminal a bar shows the study.
 
     Parameters
     ----------
@@ -123,8 +142,12 @@ def run(
         Must be importable (no lambda, not defined in a notebook) when a process pool runs it.
         Its result shares no key with the configuration.
     study : sequence of dict
-        Repeated configurations run once.
+        Repeated configurations run once. None sets ``run_id`` or ``provenance``.
     root : path
+    index : int or iterable of int, optional
+        Run only these configurations of the study, counted from 0: for the array jobs of a
+        scheduler, or to share a study between machines. Two processes on the same runs are safe,
+        but do some of the work twice.
     executor : optional
         Anything with ``.submit(function, *arguments)``; None runs here, one after the other. For
         two single-threaded workers::
@@ -132,32 +155,58 @@ def run(
             ProcessPoolExecutor(
                 2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
             )
+
+        (To kill such a study outright, kill its process group: workers outlive their parent.)
+        On a SLURM cluster, through submitit, as one array job::
+
+            executor = submitit.AutoExecutor(folder="slurm")
+            executor.update_parameters(slurm_partition="gpu", timeout_min=60)
+            with executor.batch():
+                sweep.run(task, study, root, executor=executor, wait=False)
     wait : bool
-        False returns as soon as everything is submitted.
+        False returns as soon as everything is submitted to the executor.
+    retry : bool
+        Whether to run again what crashed earlier, too. Otherwise such runs are skipped.
 
     Returns
     -------
     list of Job
         One per run that was missing; ``.result()`` is its file, or None if it crashed.
 
+    Raises
+    ------
+    IndexError
+        If an index is not one of the study's.
+    RuntimeError
+        If the executor lost runs (a worker was killed, the task cannot be pickled, ...). What
+        had finished is stored.
+    TypeError
+        If a configuration is not plain JSON, or an index no integer.
+    ValueError
+        If a configuration sets ``run_id`` or ``provenance``.
+
     Warns
     -----
     RuntimeWarning
-        If a run crashed (only when waiting).
+        If runs crashed (only when waiting), or were skipped because they had crashed earlier.
     """
     root = Path(root)
-    named = {run_id(config): config for config in study}
-    missing = {name: config for name, config in named.items() if not _file(root, name).exists()}
-    submit = _now if executor is None else executor.submit
-    jobs = [
-        submit(_record, task, config, root)
-        for config in _progress(missing.values(), shown=executor is None)
-    ]
-    if wait:
-        for job in _progress(jobs, shown=executor is not None):
-            job.result()
-        _warn_of_crashes(root, missing)
-    return jobs
+    chosen = _named(study, index)
+    missing = {name: config for name, config in chosen.items() if not _file(root, name).exists()}
+    skipped = [] if retry else [name for name in missing if _error_file(root, name).exists()]
+    todo = {name: missing[name] for name in missing if name not in skipped}
+    wait = wait or executor is None
+    with _bar(len(chosen), len(todo), crashed=len(skipped), shown=wait) as advance:
+        jobs = {}
+        for name, config in todo.items():
+            jobs[name] = _submit(executor, task, config, root)
+            if executor is None:
+                advance(jobs[name].result())
+        lost = _wait(jobs, advance) if wait and executor is not None else {}
+    lost = {name: error for name, error in lost.items() if not _file(root, name).exists()}
+    _warn_of_crashes(root, jobs.keys() - lost if wait else (), skipped)
+    _raise_if_lost(lost, len(jobs))
+    return list(jobs.values())
 
 
 def collect(root: str | Path) -> pd.DataFrame:
@@ -177,21 +226,100 @@ def collect(root: str | Path) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        If a file is not JSON.
+        If a file is not JSON, or not a run.
     """
     import pandas as pd
 
-    runs = [(path.stem, store.read_json(path)) for path in sorted(Path(root).glob("*.json"))]
-    rows = [
-        {
-            "run_id": name,
-            **entry["config"],
-            **entry["result"],
-            "provenance": entry["provenance"],
-        }
-        for name, entry in runs
-    ]
-    return pd.json_normalize(rows)
+    return pd.json_normalize([_row(path) for path in sorted(Path(root).glob("*.json"))])
+
+
+def gather(root: str | Path, path: str | Path) -> Path:
+    """Write the finished runs of a folder as one parquet file, whole or not at all.
+
+    Parameters
+    ----------
+    root : path
+    path : path
+        The file to write.
+
+    Returns
+    -------
+    Path
+        The file: rows and columns of `collect`. A column that parquet cannot hold as it is (kinds
+        mixed in one column) becomes JSON text; `read` undoes that.
+
+    Raises
+    ------
+    ImportError
+        If pyarrow is not installed.
+    ValueError
+        If no run has finished.
+    """
+    pyarrow, parquet = _pyarrow()
+    runs = collect(root)
+    if runs.empty:
+        raise ValueError(f"no finished run in {root}; expected <run_id>.json files: run the study")
+    fields, columns = zip(
+        *(_packed(pyarrow, name, runs[name].tolist()) for name in runs), strict=True
+    )
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_arrays(columns, schema=pyarrow.schema(fields)), sink)
+    return store.write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def read(path: str | Path) -> pd.DataFrame:
+    """Read a file of `gather`; return what `collect` returned.
+
+    Raises
+    ------
+    ImportError
+        If pyarrow is not installed.
+    """
+    import pandas as pd
+
+    _, parquet = _pyarrow()
+    with parquet.ParquetFile(path) as file:
+        table = file.read()
+    return pd.DataFrame(
+        {field.name: _unpacked(field, table[field.name]) for field in table.schema}
+    )
+
+
+def cost(runs: pd.DataFrame, command: str) -> dict[str, object]:
+    """Return the provenance of a study from that of its runs: costs added up, the rest listed.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        From `collect`, with a column ``seed``.
+    command : str
+        How to repeat the study.
+
+    Returns
+    -------
+    dict
+        ``wall_seconds`` and ``cpu_seconds`` (sums over runs), ``peak_memory_mb`` (MB, largest),
+        ``date`` (last), ``dirty`` (any), ``seeds``, ``n_runs``, ``command``; versions, device and
+        commit, each as the different values that occur.
+    """
+    part = {
+        name.removeprefix("provenance."): runs[name]
+        for name in runs.columns
+        if name.startswith("provenance.")
+    }
+    total = {name: float(part[name].sum()) for name in ("wall_seconds", "cpu_seconds")}
+    constant = ("python", "torch", "numpy", "smslib", "device", "n_cpu", "threads", "commit")
+    listed = {name: ", ".join(sorted(set(part[name].astype(str)))) for name in constant}
+    return {
+        **listed,
+        **total,
+        "command": command,
+        "date": part["date"].max(),
+        "dirty": bool(part["dirty"].any()),
+        "n_runs": len(runs),
+        "peak_memory_mb": float(part["peak_memory_mb"].max()),
+        "seeds": sorted(set(runs["seed"].tolist())),
+    }
 
 
 def _merge(parts: Sequence[Config]) -> dict[str, Any]:
@@ -204,23 +332,71 @@ def _merge(parts: Sequence[Config]) -> dict[str, Any]:
     return merged
 
 
+def _named(study: Sequence[Config], index: int | Iterable[int] | None) -> dict[str, Config]:
+    """Return the chosen configurations by run, refusing what cannot be stored."""
+    chosen = [study[place] for place in _places(index, len(study))]
+    reserved = sorted(_RECORD & set().union(*chosen))
+    if reserved:
+        raise ValueError(f"the study sets {reserved}, columns of the record itself; rename them")
+    return {run_id(config): config for config in chosen}
+
+
+def _places(index: int | Iterable[int] | None, n_runs: int) -> list[int]:
+    if index is None:
+        return list(range(n_runs))
+    places = [_place(each) for each in (index if isinstance(index, Iterable) else [index])]
+    outside = [place for place in places if not 0 <= place < n_runs]
+    if outside:
+        raise IndexError(
+            f"index {outside[0]} is outside this study of {n_runs} runs; expected 0 to "
+            f"{n_runs - 1}. Is it the study that the index was made for?"
+        )
+    return places
+
+
+def _place(index: object) -> int:
+    try:
+        return operator.index(index)
+    except TypeError as error:
+        raise TypeError(
+            f"index {index!r} names no run; expected an integer or integers, such as range(10) "
+            "or int(os.environ['SLURM_ARRAY_TASK_ID'])"
+        ) from error
+
+
 def _file(root: Path, name: str) -> Path:
     return root / f"{name}.json"
 
 
+def _error_file(root: Path, name: str) -> Path:
+    return root / f"{name}.error"
+
+
+def _submit(executor: SupportsSubmit | None, task: Task, config: Config, root: Path) -> Job:
+    """Start a run; without an executor, finish it."""
+    job: Future = Future()
+    try:
+        if executor is not None:
+            return executor.submit(_record, task, config, root)
+        job.set_result(_record(task, config, root))
+    except BrokenExecutor as error:  # a worker died early; the runs submitted before it count
+        job.set_exception(error)
+    return job
+
+
 def _record(task: Task, config: Config, root: Path) -> Path | None:
-    """Run one configuration and write its file, or its traceback."""
-    path = _file(root, run_id(config))
+    """Run one configuration and write its file, or its error."""
+    name = run_id(config)
+    path, error_path = _file(root, name), _error_file(root, name)
     if path.exists():  # another process on the same study was faster
         return path
-    error_path = path.with_suffix(".error")
     try:
-        entry = _measured(task, config)
-    except Exception:  # noqa: BLE001 - one crashed run must not stop the others
-        store.write_text(error_path, traceback.format_exc())
+        store.write_json(path, _measured(task, config))
+    except Exception as error:  # noqa: BLE001 - one crashed run must not stop the others
+        store.write_json(error_path, _crash(config, error))
         return None
     error_path.unlink(missing_ok=True)
-    return store.write_json(path, entry)
+    return path
 
 
 def _measured(task: Task, config: Config) -> dict[str, Any]:
@@ -230,38 +406,144 @@ def _measured(task: Task, config: Config) -> dict[str, Any]:
         command=f"sweep.run({task.__module__}.{task.__qualname__})",
         device=config.get("device", "cpu"),
     ) as provenance:
-        result = store.plain(task(copy.deepcopy(dict(config))))
-    repeated = sorted(result.keys() & config.keys())
+        result = task(copy.deepcopy(dict(config)))
+    if not isinstance(result, Mapping):
+        raise TypeError(f"the task returned {result!r}; expected a dict of results")
+    repeated = sorted(result.keys() & (config.keys() | _RECORD))
     if repeated:
-        raise ValueError(f"the result repeats {repeated} of the configuration; rename them")
-    return {"config": dict(config), "result": result, "provenance": store.plain(provenance)}
+        raise ValueError(
+            f"the result repeats {repeated} of the configuration or of the record; rename them"
+        )
+    return {
+        "config": dict(config),
+        "result": store.plain(result),
+        "provenance": store.plain(provenance),
+    }
 
 
-def _now(function: Callable[..., Path | None], /, *arguments: object) -> Future:
-    """Call a function at once and return its outcome as a finished job."""
-    job: Future = Future()
-    job.set_result(function(*arguments))
-    return job
+def _crash(config: Config, error: Exception) -> dict[str, Any]:
+    """Describe a crash, its traceback as lines to be read in the file."""
+    return {
+        "config": dict(config),
+        "error": "".join(traceback.format_exception_only(error)).strip(),
+        "traceback": "".join(traceback.format_exception(error)).splitlines(),
+    }
 
 
-def _progress(items: Iterable[Any], *, shown: bool) -> Iterable[Any]:
-    """Show a bar on a terminal, nothing in a log."""
+@contextlib.contextmanager
+def _bar(
+    n_runs: int, n_missing: int, *, crashed: int, shown: bool
+) -> Iterator[Callable[[Path | None], None]]:
+    """Show the study on a terminal, nothing in a log.
+
+    The bar starts at what was done before, so that its remaining time is that of what is missing.
+    """
     from tqdm import tqdm
 
-    return tqdm(list(items), unit="run", disable=None if shown else True)
+    with tqdm(
+        desc=f"{crashed} crashed",
+        total=n_runs,
+        initial=n_runs - n_missing,
+        unit="run",
+        disable=None if shown else True,
+    ) as bar:
+
+        def advance(finished: Path | None) -> None:
+            nonlocal crashed
+            crashed += finished is None
+            bar.set_description(f"{crashed} crashed", refresh=False)
+            bar.update()
+
+        yield advance
 
 
-def _warn_of_crashes(root: Path, missing: Mapping[str, Config]) -> None:
-    crashed = [name for name in missing if not _file(root, name).exists()]
-    if not crashed:
-        return
-    path = root / f"{crashed[0]}.error"
-    last_line = "no traceback was written"
+def _wait(jobs: Mapping[str, Job], advance: Callable[[Path | None], None]) -> dict[str, Exception]:
+    """Wait for all jobs; return the errors of those that the executor lost."""
+    lost = {}
+    names = {id(job): name for name, job in jobs.items()}
+    for job in _as_they_finish(list(jobs.values())):
+        try:
+            advance(job.result())
+        except Exception as error:  # noqa: BLE001 - each executor has its own
+            lost[names[id(job)]] = error
+    return lost
+
+
+def _as_they_finish(jobs: Sequence[Job]) -> Iterable[Job]:
+    """Order jobs by completion where they can tell, by submission elsewhere."""
+    return as_completed(jobs) if all(isinstance(job, Future) for job in jobs) else jobs
+
+
+def _warn_of_crashes(root: Path, run: Iterable[str], skipped: Sequence[str]) -> None:
+    """Warn of runs that were tried and have no file, and of those that were not tried."""
+    crashed = [name for name in run if not _file(root, name).exists()]
+    told = [f"{len(crashed)} runs crashed"] if crashed else []
+    told += [f"{len(skipped)} that crashed earlier were skipped"] if skipped else []
+    if told:
+        first = _error_file(root, sorted([*crashed, *skipped])[0])
+        warnings.warn(
+            f"{', '.join(told)}; first {first} ({_reason(first)}). The others are stored; "
+            "sweep.run(..., retry=True) runs these again",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _reason(path: Path) -> str:
     with contextlib.suppress(FileNotFoundError):
-        last_line = path.read_text(encoding="utf-8").strip().splitlines()[-1]
-    warnings.warn(
-        f"{len(crashed)} of {len(missing)} runs crashed; first {path} ({last_line}). "
-        "The others are stored; run the study again to retry",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+        return store.read_json(path)["error"]
+    return "no traceback was written"
+
+
+def _raise_if_lost(lost: Mapping[str, Exception], n_runs: int) -> None:
+    for name, error in lost.items():
+        raise RuntimeError(
+            f"the executor lost {len(lost)} of {n_runs} runs, the first {name} "
+            f"({type(error).__name__}: {error}). A worker that died was often out of memory: use "
+            "fewer. What has finished is stored; run the study again for the rest"
+        ) from error
+
+
+def _row(path: Path) -> dict[str, Any]:
+    entry = store.read_json(path)
+    if not {"config", "result", "provenance"} <= entry.keys():
+        raise ValueError(
+            f"{path} is not a run; expected config, result and provenance in it. Keep other "
+            "files elsewhere"
+        )
+    return {
+        "run_id": path.stem,
+        **entry["config"],
+        **entry["result"],
+        "provenance": entry["provenance"],
+    }
+
+
+def _pyarrow() -> tuple[ModuleType, ModuleType]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(
+            "parquet files need pyarrow, which is not installed: pip install 'smslib[data]'"
+        ) from error
+    return pyarrow, parquet
+
+
+def _packed(pyarrow: ModuleType, name: str, values: list[Any]) -> tuple[Any, Any]:
+    """Return an Arrow field and column: native where Arrow gives the values back, else JSON."""
+    # NaN is where a run lacks a key that others have.
+    values = [None if value != value else value for value in values]
+    text = json.dumps(values)
+    with contextlib.suppress(pyarrow.ArrowException, OverflowError):
+        column = pyarrow.array(values)
+        if json.dumps(column.to_pylist()) == text:
+            return pyarrow.field(name, column.type), column
+    texts = pyarrow.array([json.dumps(value) for value in values])
+    return pyarrow.field(name, texts.type, metadata=_AS_JSON), texts
+
+
+def _unpacked(field: Any, column: Any) -> list[Any]:  # noqa: ANN401 - pyarrow has no stubs
+    values = column.to_pylist()
+    is_json = (field.metadata or {}).items() >= _AS_JSON.items()
+    return [json.loads(text) for text in values] if is_json else values

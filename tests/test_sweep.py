@@ -1,29 +1,30 @@
 """Sweeps: counting, naming, resuming, surviving crashes, on any executor."""
 
 import hashlib
+import io
 import itertools
+import json
 import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing.tasks import double, fragile, lightly, suicide
+from pyarrow import parquet
 
 from smslib import store, sweep
-
-
-def double(config):
-    """A task that a process pool can import."""
-    return {"double": 2 * config["x"]}
-
-
-def fragile(config):
-    """Crash on odd numbers."""
-    if config["x"] % 2:
-        raise ArithmeticError(f"{config['x']} is odd")
-    return {"half": config["x"] // 2}
 
 
 def never(config):
@@ -40,6 +41,7 @@ def repeat(config):
 
 
 STUDY = sweep.axis("x", range(4))
+TESTS = Path(__file__).parent
 
 # ---------------------------------------------------------------- studies
 
@@ -113,7 +115,7 @@ def test_a_run_is_a_file_with_config_result_and_provenance(tmp_path):
     assert entry["config"] == config
     assert entry["result"] == {"double": 0.246914}
     assert entry["provenance"]["seeds"] == [4, 5]
-    assert entry["provenance"]["command"].endswith("test_sweep.double)")
+    assert entry["provenance"]["command"].endswith("(killing.tasks.double)")
     assert entry["provenance"]["wall_seconds"] >= 0
     assert list(tmp_path.iterdir()) == [job.result()]
 
@@ -124,21 +126,78 @@ def test_finished_runs_are_not_run_again(tmp_path):
     assert sweep.run(never, STUDY, tmp_path) == []
 
 
+def test_an_integer_names_a_run(tmp_path):
+    (job,) = sweep.run(double, STUDY, tmp_path, index=2)
+    assert store.read_json(job.result())["config"] == STUDY[2]
+    assert len(sweep.run(double, STUDY, tmp_path, index=range(1, 4))) == 2
+    assert sorted(sweep.collect(tmp_path)["x"]) == [1, 2, 3]
+    assert sweep.run(double, STUDY, tmp_path, index=[]) == []
+
+
+@pytest.mark.parametrize("index", [4, -1, [0, 4]])
+def test_an_index_outside_the_study_is_refused(tmp_path, index):
+    with pytest.raises(
+        IndexError, match=r"index (4|-1) is outside this study of 4 runs; expe.* 3"
+    ):
+        sweep.run(double, STUDY, tmp_path, index=index)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_is_an_integer(tmp_path):
+    with pytest.raises(TypeError, match=r"index '1' names no run; expected an integer or intege"):
+        sweep.run(double, STUDY, tmp_path, index=iter("17"))
+
+
+@pytest.mark.parametrize("name", ["run_id", "provenance"])
+def test_columns_of_the_record_are_reserved(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"the study sets \['{name}'\], columns of the record"):
+        sweep.run(double, [{name: 1}], tmp_path)
+    with pytest.warns(RuntimeWarning, match=rf"the result repeats \['{name}'\]"):
+        sweep.run(lambda _: {name: 1}, STUDY[:1], tmp_path)
+
+
+# ---------------------------------------------------------------- crashes
+
+
 def test_a_crash_does_not_stop_the_others(tmp_path):
-    with pytest.warns(RuntimeWarning, match=r"2 of 4 runs crashed; first .*\.error \(Arithmetic"):
+    with pytest.warns(
+        RuntimeWarning, match=r"^2 runs crashed; first .*\.error \(ArithmeticError: "
+    ):
         jobs = sweep.run(fragile, STUDY, tmp_path)
     assert [job.result() is None for job in jobs] == [False, True, False, True]
     assert sorted(sweep.collect(tmp_path)["half"]) == [0, 1]
-    traceback = (tmp_path / f"{sweep.run_id({'x': 1})}.error").read_text()
-    assert "ArithmeticError: 1 is odd" in traceback
-    assert "in fragile" in traceback
 
 
-def test_a_crashed_run_is_retried_and_its_traceback_removed(tmp_path):
-    with pytest.warns(RuntimeWarning, match="2 of 4 runs crashed"):
+def test_a_crash_is_recorded_with_its_configuration_and_traceback(tmp_path):
+    with pytest.warns(RuntimeWarning, match="1 runs crashed"):
+        sweep.run(fragile, STUDY, tmp_path, index=1)
+    record = store.read_json(tmp_path / f"{sweep.run_id({'x': 1})}.error")
+    assert record["config"] == {"x": 1}
+    assert record["error"] == "ArithmeticError: 1 is odd"
+    assert record["traceback"][0] == "Traceback (most recent call last):"
+    assert record["traceback"][-1] == record["error"]
+    assert any(line.endswith("in fragile") for line in record["traceback"])
+
+
+def test_a_crashed_run_is_skipped_until_a_retry_is_asked_for(tmp_path):
+    with pytest.warns(RuntimeWarning, match="2 runs crashed"):
         sweep.run(fragile, STUDY, tmp_path)
-    assert len(sweep.run(double, STUDY, tmp_path)) == 2
+    told = r"^2 that crashed earlier were skipped; first .*\(ArithmeticError.*retry=True\) runs"
+    with pytest.warns(RuntimeWarning, match=told):
+        assert sweep.run(never, STUDY, tmp_path) == []
+    assert len(sweep.run(double, STUDY, tmp_path, retry=True)) == 2
     assert not list(tmp_path.glob("*.error"))
+    assert len(sweep.collect(tmp_path)) == 4
+
+
+def test_new_crashes_and_old_ones_are_counted_apart(tmp_path):
+    with pytest.warns(RuntimeWarning, match="^1 runs crashed"):
+        sweep.run(fragile, STUDY[:2], tmp_path)
+    with pytest.warns(
+        RuntimeWarning, match="^1 runs crashed, 1 that crashed earlier were skipped"
+    ):
+        jobs = sweep.run(fragile, STUDY, tmp_path)
+    assert len(jobs) == 2
 
 
 def test_a_task_cannot_change_its_configuration(tmp_path):
@@ -152,12 +211,128 @@ def test_a_result_may_not_shadow_the_configuration(tmp_path):
         sweep.run(repeat, STUDY[:1], tmp_path)
 
 
-def test_processes_give_the_same_files(tmp_path):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        sweep.run(double, STUDY, tmp_path / "pool", executor=executor)
+def test_a_result_is_a_dict(tmp_path):
+    with pytest.warns(RuntimeWarning, match="the task returned 1; expected a dict of results"):
+        sweep.run(lambda _: 1, STUDY[:1], tmp_path)
+
+
+# ---------------------------------------------------------------- executors
+
+
+class Promise:
+    """A job that is no future, as those of clusters: it runs when it is waited for."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def result(self):
+        function, *arguments = self.call
+        return function(*arguments)
+
+
+class Promising:
+    """The least executor."""
+
+    def submit(self, function, /, *arguments):
+        return Promise(function, *arguments)
+
+
+class Breaking:
+    """An executor that breaks before the third run is submitted."""
+
+    def __init__(self):
+        self.left = 2
+
+    def submit(self, function, /, *arguments):
+        if not self.left:
+            raise BrokenExecutor("a worker died")
+        self.left -= 1
+        return Promise(function, *arguments)
+
+
+class Lost:
+    """An executor whose jobs never start."""
+
+    def submit(self, function, /, *arguments):
+        return self
+
+    def result(self):
+        return None
+
+
+def processes():
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(2, context, initializer=lightly)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with processes() as executor:
+        yield executor
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+@pytest.fixture
+def promising():
+    return Promising()
+
+
+@pytest.mark.parametrize("kind", ["pool", "threads", "promising"])
+def test_whatever_submits_gives_the_same_files(tmp_path, kind, request):
+    executor = request.getfixturevalue(kind)
     sweep.run(double, STUDY, tmp_path / "here")
-    pool, here = (sweep.collect(tmp_path / name)[["x", "double"]] for name in ("pool", "here"))
-    pd.testing.assert_frame_equal(pool, here)
+    jobs = sweep.run(double, STUDY, tmp_path / "there", executor=executor)
+    names = [tmp_path / "there" / f"{sweep.run_id(config)}.json" for config in STUDY]
+    assert [job.result() for job in jobs] == names
+    here, there = (sweep.collect(tmp_path / name)[["x", "double"]] for name in ("here", "there"))
+    pd.testing.assert_frame_equal(here, there)
+
+
+@pytest.mark.parametrize("kind", ["pool", "threads", "promising"])
+def test_whatever_submits_records_crashes(tmp_path, kind, request):
+    executor = request.getfixturevalue(kind)
+    with pytest.warns(RuntimeWarning, match=r"2 runs crashed; .*\(ArithmeticError: . is odd\)"):
+        jobs = sweep.run(fragile, STUDY, tmp_path, executor=executor)
+    assert [job.result() is None for job in jobs] == [False, True, False, True]
+
+
+def test_a_killed_worker_is_reported_and_the_rest_kept(tmp_path):
+    with (
+        processes() as executor,
+        pytest.raises(RuntimeError, match=r"the executor lost \d of 4 runs, the first \w{12} "),
+    ):
+        sweep.run(suicide, STUDY[::-1], tmp_path, executor=executor)
+    assert not (tmp_path / f"{sweep.run_id({'x': 3})}.json").exists()
+    sweep.run(double, STUDY, tmp_path)
+    assert sorted(sweep.collect(tmp_path)["double"]) == [0, 2, 4, 6]
+
+
+def test_a_pool_that_breaks_while_runs_are_submitted_keeps_what_finished(tmp_path):
+    told = (
+        r"the executor lost 2 of 4 runs, the first \w{12} \(BrokenExecutor: a worker died\)\. A wo"
+    )
+    with pytest.raises(RuntimeError, match=told) as caught:
+        sweep.run(double, STUDY, tmp_path, executor=Breaking())
+    assert isinstance(caught.value.__cause__, BrokenExecutor)
+    assert sorted(sweep.collect(tmp_path)["x"]) == [0, 1]
+
+
+def test_a_task_that_cannot_travel_is_reported(tmp_path, pool):
+    with pytest.raises(RuntimeError, match=r"lost 4 of 4 runs, .*Can't (get|pickle) .*lambda"):
+        sweep.run(lambda _: {"y": 1}, STUDY, tmp_path, executor=pool)
+
+
+def test_crashes_are_told_of_even_when_runs_are_lost(tmp_path):
+    with (
+        pytest.warns(RuntimeWarning, match="1 runs crashed"),
+        pytest.raises(RuntimeError, match="lost 2 of 4 runs"),
+    ):
+        sweep.run(fragile, STUDY, tmp_path, executor=Breaking())
 
 
 def test_without_waiting_jobs_are_handles(tmp_path):
@@ -175,17 +350,168 @@ def test_without_waiting_jobs_are_handles(tmp_path):
 
 
 def test_a_crash_without_traceback_is_still_reported(tmp_path):
-    class Lost:
-        """An executor whose jobs never start."""
-
-        def submit(self, function, /, *arguments):
-            return self
-
-        def result(self):
-            return None
-
-    with pytest.warns(RuntimeWarning, match="1 of 1 runs crashed; .*no traceback was written"):
+    with pytest.warns(RuntimeWarning, match="1 runs crashed; .*no traceback was written"):
         sweep.run(double, STUDY[:1], tmp_path, executor=Lost())
+
+
+# ---------------------------------------------------------------- the bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def draw_on_terminal(monkeypatch):
+    """Called by tests themselves: pytest puts its own streams in place after fixtures."""
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def test_the_bar_starts_at_what_is_done_and_counts_crashes(tmp_path, monkeypatch):
+    with pytest.warns(RuntimeWarning, match="1 runs crashed"):
+        sweep.run(fragile, STUDY, tmp_path, index=[0, 1])
+    terminal = draw_on_terminal(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="1 runs crashed, 1 that"):
+        sweep.run(fragile, STUDY, tmp_path)
+    drawn = terminal.getvalue().strip().split("\r")
+    assert drawn[0].startswith("1 crashed:  50%")
+    assert " 2/4 " in drawn[0]
+    assert drawn[-1].startswith("2 crashed: 100%")
+    assert " 4/4 " in drawn[-1]
+
+
+def test_the_bar_advances_in_the_order_of_completion(tmp_path, monkeypatch, threads):
+    terminal = draw_on_terminal(monkeypatch)
+
+    def patient(config):
+        """Let the first run wait until the second one shows."""
+        until = time.monotonic() + (20 if config["x"] == 0 else 0.2)
+        while "1/2" not in terminal.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+        return {"shown": "1/2" in terminal.getvalue()}
+
+    jobs = sweep.run(patient, STUDY[:2], tmp_path, executor=threads)
+    shown = [store.read_json(job.result())["result"]["shown"] for job in jobs]
+    assert shown == [True, False]
+
+
+def test_a_log_gets_no_bar(tmp_path, capsys):
+    sweep.run(double, STUDY, tmp_path)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_waiting_there_is_no_bar(tmp_path, monkeypatch, threads):
+    terminal = draw_on_terminal(monkeypatch)
+    sweep.run(double, STUDY, tmp_path, executor=threads, wait=False)
+    assert terminal.getvalue() == ""
+
+
+# ---------------------------------------------------------------- kills
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start `killing.killed` in a session of its own; nothing of it outlives the test."""
+    children = []
+    environment = {**os.environ, "LOG": str(tmp_path / "log"), "PYTHONPATH": str(TESTS)}
+    (tmp_path / "log").touch()
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "killing.killed", *map(str, arguments)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        children.append(
+            subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        )
+        return children[-1]
+
+    yield start
+    for child in children:
+        kill(child)
+
+
+def kill(child):
+    """Kill a child with all its workers, as a scheduler or a power cut does."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.communicate()
+
+
+def succeed(child):
+    _, errors = child.communicate(timeout=60)
+    assert (child.returncode, errors) == (0, "")
+
+
+def finished(root):
+    """Return the runs on disk; raises if one is half written."""
+    runs = sweep.collect(root)
+    return set() if runs.empty else set(runs["x"])
+
+
+def assert_whole(root):
+    runs = sweep.collect(root)
+    assert runs["run_id"].tolist() == sorted(sweep.run_id({"x": x}) for x in range(100))
+    assert sorted(zip(runs["x"], runs["square"], strict=True)) == [(x, x * x) for x in range(100)]
+    assert all(padding == [0.5] * 2000 for padding in runs["padding"])
+    assert not list(root.glob("*.error"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_study_killed_at_random_moments_resumes(tmp_path, launch, workers):
+    root, log = tmp_path / "runs", tmp_path / "log"
+    draw = random.Random(workers)
+    for _ in range(8):
+        before, seen = finished(root), len(log.read_text())
+        child = launch("to_the_end", root, workers)
+        n_runs = draw.randint(2, 8)
+        while child.poll() is None and log.read_text()[seen:].count("\n") < n_runs:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.02))
+        kill(child)
+        assert before <= finished(root)
+        assert before & {int(x) for x in log.read_text()[seen:].split()} == set()
+    before, seen = finished(root), len(log.read_text())
+    assert 8 <= len(before) < 100  # the kills fell into the study
+    succeed(launch("to_the_end", root, workers))
+    assert sorted(int(x) for x in log.read_text()[seen:].split()) == sorted(
+        set(range(100)) - before
+    )
+    assert_whole(root)
+
+
+def test_a_study_killed_at_any_line_resumes(tmp_path, launch):
+    """Every line of the sweep and the store, those between opening and renaming a file too."""
+    child = launch("at_every_line", tmp_path / "runs")
+    output, errors = child.communicate(timeout=120)
+    assert (child.returncode, errors) == (0, "")
+    told = json.loads(output)
+    assert told["lines"] > 100
+    assert told["drafts"] > 5
+
+
+def test_two_processes_may_work_in_one_folder(tmp_path, launch):
+    root = tmp_path / "runs"
+    children = [launch("to_the_end", root, workers) for workers in (0, 2)]
+    while any(child.poll() is None for child in children):
+        finished(root)
+        time.sleep(0.02)
+    for child in children:
+        succeed(child)
+    assert_whole(root)
+    assert not list(root.glob(".*"))
+
+
+def test_workers_that_outlive_their_parent_do_no_harm(tmp_path, launch):
+    root, log = tmp_path / "runs", tmp_path / "log"
+    orphaned = launch("to_the_end", root, 2)
+    while not log.read_text():
+        time.sleep(0.002)
+    orphaned.kill()
+    succeed(launch("to_the_end", root, 0))
+    assert_whole(root)
 
 
 # ---------------------------------------------------------------- collect
@@ -206,3 +532,125 @@ def test_collect_names_a_broken_file(tmp_path):
     (tmp_path / "abc.json").write_text("")
     with pytest.raises(ValueError, match=r"abc\.json is not JSON .*; delete it and compute it ag"):
         sweep.collect(tmp_path)
+
+
+def test_collect_names_a_file_that_is_no_run(tmp_path):
+    store.put("abc", {"x": 1}, root=tmp_path, provenance={"commit": "def"})
+    with pytest.raises(ValueError, match=r"abc\.json is not a run; expected config, result and"):
+        sweep.collect(tmp_path)
+
+
+# ---------------------------------------------------------------- one file for all
+
+
+def same(left, right):
+    """Compare cells of two tables: missing is missing, True is not 1, 1 is 1.0."""
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    if left is None or left != left:
+        return right is None or right != right
+    is_bool = [isinstance(value, bool | np.bool_) for value in (left, right)]
+    return is_bool[0] == is_bool[1] and left == right
+
+
+def assert_same(left, right):
+    assert list(left) == list(right)
+    assert len(left) == len(right)
+    for name in left:
+        assert all(map(same, left[name], right[name])), (left[name].tolist(), right[name].tolist())
+
+
+CELLS = JSON | st.text(max_size=3) | st.integers(-3, 3) | st.floats(0, 1)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "config": st.dictionaries(st.sampled_from("abc"), CELLS),
+        "result": st.dictionaries(st.sampled_from("de"), CELLS)
+        | st.fixed_dictionaries({"f": st.dictionaries(st.sampled_from("gh"), CELLS, min_size=1)}),
+        "provenance": st.just({"seeds": [0, 1], "commit": "abc", "wall_seconds": 0.5}),
+    }
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(ENTRIES, min_size=1, max_size=4))
+def test_a_gathered_table_is_the_collected_one(entries):
+    with tempfile.TemporaryDirectory() as folder:
+        for number, entry in enumerate(entries):
+            store.write_json(f"{folder}/runs/{number}.json", entry)
+        path = sweep.gather(f"{folder}/runs", f"{folder}/all.parquet")
+        collected, gathered = sweep.collect(f"{folder}/runs"), sweep.read(path)
+    assert_same(gathered, collected)
+    for number, entry in enumerate(entries):  # and the table holds what was put
+        for key, value in entry["config"].items():
+            assert same(gathered[key][number], value)
+
+
+def test_a_study_goes_through_parquet(tmp_path):
+    study = sweep.chain(
+        [{"alpha": 40, "replicates": ["a", "b"]}, {"alpha": "auto", "replicates": []}],
+        [{"alpha": 2.5, "replicates": ["c"], "x": 1}],
+    )
+    sweep.run(lambda config: {"gates": [0.5, 1.0], "n": 3}, study, tmp_path / "runs")
+    path = sweep.gather(tmp_path / "runs", tmp_path / "deep" / "all.parquet")
+    assert path == tmp_path / "deep" / "all.parquet"
+    runs = sweep.read(path)
+    assert_same(runs, sweep.collect(tmp_path / "runs"))
+    assert sorted(map(str, runs["alpha"])) == ["2.5", "40", "auto"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_any_reader_of_parquet_sees_native_columns_and_json_text(tmp_path):
+    study = sweep.axis("alpha", [40, "auto"])
+    sweep.run(lambda _: {"gates": [0.5, 1.0], "n": 3, "ok": True}, study, tmp_path)
+    table = parquet.read_table(sweep.gather(tmp_path, tmp_path / "all.parquet"))
+    kinds = {field.name: str(field.type) for field in table.schema}
+    names = ("run_id", "n", "ok", "provenance.cpu_seconds", "alpha")
+    assert [kinds[name] for name in names] == ["string", "int64", "bool", "double", "string"]
+    assert kinds["gates"].startswith("list<")
+    assert sorted(table["alpha"].to_pylist()) == ['"auto"', "40"]
+
+
+def test_a_failed_gathering_leaves_the_old_file(tmp_path, monkeypatch):
+    sweep.run(double, STUDY, tmp_path / "runs")
+    path = sweep.gather(tmp_path / "runs", tmp_path / "all.parquet")
+    before = path.read_bytes()
+
+    def full_disk(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        sweep.gather(tmp_path / "runs", path)
+    assert path.read_bytes() == before
+
+
+def test_there_must_be_something_to_gather(tmp_path):
+    with pytest.raises(ValueError, match=r"no finished run in .*; expected <run_id>\.json files"):
+        sweep.gather(tmp_path, tmp_path / "all.parquet")
+
+
+def test_without_pyarrow_the_way_out_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for function in (lambda: sweep.gather(tmp_path, "a.parquet"), lambda: sweep.read("a.parquet")):
+        with pytest.raises(ImportError, match=r"need pyarrow, .*pip install 'smslib\[data\]'"):
+            function()
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_cost_adds_time_and_keeps_the_worst(tmp_path):
+    measured = {"python": "3", "torch": "2", "numpy": "2", "smslib": "0", "device": "a"}
+    measured |= {"n_cpu": 2, "threads": 1, "wall_seconds": 20.0, "cpu_seconds": 10.0}
+    for seed, (commit, dirty, megabytes) in enumerate(
+        [("abc", False, 1000.0), ("def", True, 3000.0), ("abc", False, 2000.0)]
+    ):
+        changing = {"commit": commit, "dirty": dirty, "peak_memory_mb": megabytes}
+        entry = {"config": {"seed": seed % 2, "x": seed}, "result": {}}
+        provenance = measured | changing | {"date": f"2026-01-0{seed + 1}"}
+        store.write_json(tmp_path / f"{seed}.json", entry | {"provenance": provenance})
+    total = sweep.cost(sweep.collect(tmp_path), "make bench")
+    assert (total["wall_seconds"], total["cpu_seconds"], total["n_runs"]) == (60.0, 30.0, 3)
+    assert (total["peak_memory_mb"], total["date"]) == (3000.0, "2026-01-03")
+    assert (total["dirty"], total["commit"], total["seeds"]) == (True, "abc, def", [0, 1])
+    assert (total["device"], total["n_cpu"], total["command"]) == ("a", "2", "make bench")
