@@ -142,7 +142,7 @@ def run(
         Must be importable (no lambda, not defined in a notebook) when a process pool runs it.
         Its result shares no key with the configuration.
     study : sequence of dict
-        Repeated configurations run once. None sets ``run_id`` or ``provenance``.
+        Repeated configurations run once. No configuration has a key ``run_id`` or ``provenance``.
     root : path
     index : int or iterable of int, optional
         Run only these configurations of the study, counted from 0: for the array jobs of a
