@@ -1,7 +1,7 @@
 """The benchmark's runs: one configuration in, one flat row of scores out.
 
 ``python -m smslib.benchmark EXPERIMENT`` runs what is missing of an experiment; every run is a
-file of its own, so an interrupted study resumes.
+file of its own, so an interrupted study resumes. The studies themselves are in `smslib.studies`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
@@ -19,200 +20,364 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from smslib import metrics, recipes, simulate, store, sweep
-from smslib.data import split_cells
+from smslib import controls, metrics, recipes, simulate, store, sweep, transfer
+from smslib.data import Cells, Design, split_cells
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
 from smslib.model import SMSVAE
-from smslib.simulate import Screen
+from smslib.simulate import Mechanism, Screen
+from smslib.studies import STUDIES
 from smslib.sweep import Config
-from smslib.train import fit
-from smslib.transfer import adapt
+from smslib.train import TrainConfig, fit
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["STUDIES", "cost", "recover", "recovery_scores", "summarise"]
+__all__ = ["ARMS", "CONTROLS", "graph_scores", "latent_scores", "recover", "summarise"]
 
-N_TRAINED = 80  # interventions 0-79 are trained on, 80-99 held out, as released
+# An arm is a way to do the whole experiment: simulator, recipe and transfer step.
+ARMS: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {
+        "released": {"recipe": "paper", "as_released": True, "transfer": "released"},
+        "corrected": {"recipe": "corrected", "as_released": True, "transfer": "corrected"},
+        "smslib": {"recipe": "smslib", "as_released": True, "transfer": "corrected"},
+        "corrected-written": {
+            "recipe": "corrected",
+            "as_released": False,
+            "transfer": "corrected",
+        },
+        "smslib-written": {"recipe": "smslib", "as_released": False, "transfer": "corrected"},
+    }
+)
+CONTROLS = ("pca", "lda", "regression", "oracle")
+_HELD_OUT = 20  # of the 100 interventions, the last 20 (released: 80-99)
+_ORACLE_CELLS = 20  # per held-out intervention; the floor is paired with the model on these
 
 
 def recover(config: Config) -> dict[str, float]:
-    """Simulate a screen, fit a method on interventions 0-79 and score what it recovered.
+    """Simulate a screen, fit a method on all but the held-out interventions, score it.
 
     Parameters
     ----------
     config : dict
-        ``method``, ``recipe``, ``seed`` (of data and weights alike, as released), ``n_cells`` per
-        intervention, ``as_released`` (which simulator); optionally ``n_latent`` (15), ``sparsity``
-        and ``max_epochs``.
+        ``arm`` (of `ARMS`), ``method`` (of `smslib.priors.METHODS`, of `CONTROLS`, or
+        ``"shuffled"``: sVAE+ on shuffled labels) and ``seed`` (of data and weights alike, as
+        released). Optionally, of the data: ``n_cells`` per intervention (500), ``n_targets``
+        (100), ``n_latent`` (15), ``mechanism`` and ``held_out`` (arguments of
+        `smslib.simulate.Mechanism`), ``normaliser``, ``with_replacement``; of the fit:
+        ``init_seed``, ``sparsity``, ``beta``, ``max_epochs``, ``changes`` (of
+        `smslib.recipes.CHANGES`), ``transfer``.
 
     Returns
     -------
     dict
-        `recovery_scores`, ``i_nll`` (nats per cell of held-out interventions: shifts in closed
-        form from half of their cells, scored on the other half), ``validation_elbo`` (nats per
-        cell), ``epochs`` and ``fit_cpu_seconds``.
+        `latent_scores`; for methods with shifts `graph_scores`; for models ``i_nll`` and the rest
+        of the likelihoods (nats per cell), ``epochs`` and ``fit_cpu_seconds``.
     """
-    screen = simulate.sparse_shift(
-        n_cells_per_condition=config["n_cells"],
-        n_latent=config.get("n_latent", 15),
-        seed=config["seed"],
-        as_released=config["as_released"],
+    plan = {**ARMS[config["arm"]], **config}
+    screen = _screen(plan)
+    names = screen.design.conditions
+    trained = simulate.restrict(screen, names[1 : len(names) - _HELD_OUT])
+    if plan["method"] in CONTROLS:
+        return _control(plan["method"], screen, trained, seed=plan["seed"])
+    return _model(plan, screen, trained)
+
+
+def _screen(plan: Mapping[str, object]) -> Screen:
+    held_out = plan.get("held_out")
+    return simulate.sparse_shift(
+        n_cells_per_condition=plan.get("n_cells", 500),
+        n_targets=plan.get("n_targets", 100),
+        n_latent=plan.get("n_latent", 15),
+        seed=plan["seed"],
+        as_released=plan["as_released"],
+        normaliser=plan.get("normaliser"),
+        with_replacement=plan.get("with_replacement"),
+        mechanism=Mechanism(**plan.get("mechanism", {})),
+        held_out=None if held_out is None else (_HELD_OUT, Mechanism(**held_out)),
     )
-    trained = simulate.restrict(screen, screen.design.conditions[1 : N_TRAINED + 1])
-    train, validation = split_cells(trained.cells, (0.9, 0.1), seed=config["seed"])
+
+
+def _model(plan: Mapping[str, object], screen: Screen, trained: Screen) -> dict[str, float]:
+    """Fit a model and score it."""
+    method, cells = plan["method"], trained.cells
+    if method == "shuffled":
+        method, labels = "svae+", controls.shuffle_labels(cells.condition, seed=plan["seed"])
+        cells = replace(cells, condition=torch.from_numpy(labels))
+    train, validation = split_cells(cells, (0.9, 0.1), seed=plan["seed"])
     model, schedule = recipes.build(
         train,
         trained.design,
-        method=config["method"],
-        recipe=config["recipe"],
-        n_latent=config.get("n_latent", 15),
-        sparsity=config.get("sparsity"),
-        epochs=config.get("max_epochs"),
-        seed=config["seed"],
+        method=method,
+        recipe=plan["recipe"],
+        changes=plan.get("changes", ()),
+        n_latent=plan.get("n_latent", 15),
+        sparsity=plan.get("sparsity"),
+        beta=plan.get("beta"),
+        epochs=plan.get("max_epochs"),
+        seed=plan.get("init_seed", plan["seed"]),
     )
     start = time.process_time()
     history = fit(model, train, schedule, validation=validation)
-    seconds = time.process_time() - start
-    return {
-        **recovery_scores(model, trained, has_gates=config["method"] in ("svae", "svae+")),
-        "i_nll": _held_out_nll(model, screen),
-        "validation_elbo": float(elbo(model, validation).mean()),
-        "epochs": len(history.rows),
-        "fit_cpu_seconds": seconds,
-    }
+    scores = {"epochs": len(history.rows), "fit_cpu_seconds": time.process_time() - start}
+    scores |= latent_scores(trained.z.numpy(), latents(model, cells), cells.condition.numpy())
+    if method not in ("vae", "beta-vae"):
+        scores |= _model_graph_scores(model, method, trained, latents(model, cells))
+        scores |= _released_graph_scores(model, method, screen, trained, latents(model, cells))
+    scores["validation_elbo"] = float(elbo(model, validation).mean())
+    scores |= _transfer_scores(model, screen)
+    if plan["transfer"] == "released":
+        refit = {"train": train, "validation": validation, "config": schedule}
+        scores |= _released_transfer(model, screen, drift=method != "svae+", **refit)
+    return scores
 
 
-def recovery_scores(model: SMSVAE, screen: Screen, *, has_gates: bool) -> dict[str, float]:
-    """Return how well latents and graph of a simulated screen were recovered.
+def latent_scores(
+    true: np.ndarray, estimated: np.ndarray, condition: np.ndarray
+) -> dict[str, float]:
+    """Return how well latents were recovered.
 
     Parameters
     ----------
-    model : SMSVAE
-    screen : Screen
-        With the cells and the targets that the model was trained on.
-    has_gates : bool
-        Whether the model's own graph is scored, or the two largest shifts per target (the
-        released rule for VAE and iVAE).
+    true, estimated : array, (n_cells, n_latent)
+    condition : array, (n_cells,)
 
     Returns
     -------
     dict
         ``mcc``, ``mcc_spearman``, ``mcc_within`` (after removing each condition's mean), ``r2``
-        (in-sample, as published), ``r2_cv`` (5-fold), the graph's ``precision``, ``recall``,
-        ``f1``, ``average_precision``, ``shd``, ``n_edges``, and the same with the prefix
-        ``signed_``: latents matched by signed correlation, as released.
+        (in-sample, as published), ``r2_cv`` (5-fold), ``dci_disentanglement``,
+        ``dci_completeness``.
     """
-    true, estimated = screen.z.numpy(), latents(model, screen.cells)
-    slab = model.prior.slab().detach().cpu().numpy()
-    graph = model.prior.probabilities() if has_gates else metrics.top_k_graph(slab, 2)
-    scores = {
+    dci = metrics.dci(true, estimated)
+    return {
         "mcc": metrics.mcc(true, estimated),
         "mcc_spearman": metrics.mcc(true, estimated, method="spearman"),
-        "mcc_within": metrics.within_condition_mcc(true, estimated, screen.cells.condition),
+        "mcc_within": metrics.within_condition_mcc(true, estimated, condition),
         "r2": metrics.linear_r2(true, estimated),
         "r2_cv": metrics.linear_r2(true, estimated, folds=5),
+        "dci_disentanglement": dci.disentanglement,
+        "dci_completeness": dci.completeness,
     }
-    for prefix, signed in (("", False), ("signed_", True)):
-        matching = metrics.match_latents(true, estimated, signed=signed)
-        found = metrics.graph_scores(screen.graph.numpy(), graph, matching)
-        scores |= {prefix + name: value for name, value in found.items()}
-    return scores
 
 
-def _held_out_nll(model: SMSVAE, screen: Screen) -> float:
-    """Return -IWELBO of held-out interventions, averaged over interventions, nats per cell."""
-    held_out = screen.design.conditions[N_TRAINED + 1 :]
-    cells = screen.cells.of(screen.design.index(held_out))
-    fitted, scored = split_cells(cells, (0.5, 0.5), seed=0)
-    design = model.prior.design.extend(held_out)
-    adapted = adapt(model, fitted, design=design)
-    table = by_condition(iwelbo(adapted, scored, n_draws=1000), scored, design)
-    return -float(np.nanmean(table["mean"]))
-
-
-def _headline() -> list[dict]:
-    """sVAE+ by our recipe, 250 cells per intervention: the numbers the project promises."""
-    return sweep.product(
-        sweep.axis("as_released", [True]),
-        sweep.axis("n_cells", [250]),
-        sweep.axis("recipe", ["smslib"]),
-        sweep.axis("method", ["svae+"]),
-        sweep.axis("seed", range(5)),
-    )
-
-
-def _table1() -> list[dict]:
-    """Table 1 of the paper: 500 cells per intervention, both recipes, every method."""
-    common = sweep.product(sweep.axis("as_released", [True]), sweep.axis("n_cells", [500]))
-    compared = sweep.product(
-        common,
-        sweep.axis("recipe", ["paper"]),
-        sweep.axis("seed", range(5)),
-        sweep.axis("method", ["svae+", "ivae"]),
-    )
-    every = sweep.product(
-        common,
-        sweep.axis("seed", [0]),
-        sweep.axis("method", ["svae+", "svae", "ivae", "vae", "beta-vae"]),
-        sweep.axis("recipe", ["paper", "smslib"]),
-    )
-    return sweep.chain(compared, every)
-
-
-STUDIES: Mapping[str, Callable[[], list[dict]]] = MappingProxyType(
-    {"headline": _headline, "table1": _table1}
-)
-
-
-def summarise(runs: pd.DataFrame) -> dict[str, object]:
-    """Return, per recipe and method, every score's values by seed, mean, sd and maximum.
+def graph_scores(
+    truth: np.ndarray, graph: np.ndarray, true: np.ndarray, estimated: np.ndarray
+) -> dict[str, float]:
+    """Return how well the mechanism graph was recovered.
 
     Parameters
     ----------
-    runs : DataFrame
-        From `smslib.sweep.collect`.
+    truth, graph : array, (n_targets, n_latent)
+        True edges; probabilities of the estimated ones.
+    true, estimated : array, (n_cells, n_latent)
+        Latents, to match the columns by.
 
     Returns
     -------
     dict
-        ``<recipe>.<method>.seeds``, ``<recipe>.<method>.<score>`` (lists over seeds), and of each
-        list ``.mean``, ``.sd`` (sample standard deviation; None for a single seed), ``.max``.
+        ``precision``, ``recall``, ``f1``, ``average_precision``, ``shd``, ``n_edges``, and the
+        same with the prefix ``signed_``: latents matched by signed correlation, as released.
     """
-    settings = {"recipe", "method", "seed", "as_released", "n_cells", "n_latent", "sparsity"}
+    scores = {}
+    for prefix, signed in (("", False), ("signed_", True)):
+        matching = metrics.match_latents(true, estimated, signed=signed)
+        found = metrics.graph_scores(truth, graph, matching)
+        scores |= {prefix + name: value for name, value in found.items()}
+    return scores
+
+
+def _model_graph_scores(
+    model: SMSVAE, method: str, trained: Screen, estimated: np.ndarray
+) -> dict[str, float]:
+    """Score the model's own graph, over the targets that it was trained on."""
+    true, truth = trained.z.numpy(), trained.graph.numpy()
+    scores = graph_scores(truth, _graph(model, method), true, estimated)
+    if method == "ivae":
+        return scores
+    matching = metrics.match_latents(true, estimated)
+    edges = metrics.aligned_edges(truth, model.prior.probabilities(), matching)
+    calibration = metrics.calibration(edges[1], edges[0])
+    return scores | {"calibration": calibration.error, "brier": calibration.brier}
+
+
+def _released_graph_scores(
+    model: SMSVAE, method: str, screen: Screen, trained: Screen, estimated: np.ndarray
+) -> dict[str, float]:
+    """Score as released: signed matching, over all targets, the held-out ones among them.
+
+    Those were never trained. Their gates end shut, because the penalty alone acts on them; two of
+    iVAE's shifts are the largest by chance.
+    """
+    truth, graph = screen.graph.numpy(), _graph(model, method)
+    unseen = np.zeros((len(truth) - len(graph), graph.shape[1]))
+    if method == "ivae":
+        unseen = _two_largest(np.random.default_rng(0).standard_normal(unseen.shape))
+    matching = metrics.match_latents(trained.z.numpy(), estimated, signed=True)
+    found = metrics.graph_scores(truth, np.vstack([graph, unseen]), matching)
+    return {f"released_{name}": found[name] for name in ("precision", "recall", "f1")}
+
+
+def _graph(model: SMSVAE, method: str) -> np.ndarray:
+    """Return the probabilities of the edges, or iVAE's two largest shifts per target."""
+    if method == "ivae":
+        return _two_largest(model.prior.slab().detach().numpy())
+    return model.prior.probabilities()
+
+
+def _two_largest(shift: np.ndarray) -> np.ndarray:
+    return metrics.top_k_graph(shift, min(2, shift.shape[1]))
+
+
+def _held_out(screen: Screen, design: Design) -> tuple[Cells, Cells, Design]:
+    """Return the held-out cells to adapt to, those to score, and the design that knows both."""
+    names = screen.design.conditions[-_HELD_OUT:]
+    larger = design.extend(names)
+    fitted, scored = split_cells(_relabelled(screen, names, larger), (0.5, 0.5), seed=0)
+    return fitted, scored, larger
+
+
+def _relabelled(screen: Screen, names: tuple[str, ...], design: Design) -> Cells:
+    cells = screen.cells.of(screen.design.index(names))
+    row = torch.full((screen.design.n_conditions,), -1)
+    row[screen.design.index(names)] = design.index(names)
+    return replace(cells, condition=row[cells.condition])
+
+
+def _transfer_scores(model: SMSVAE, screen: Screen) -> dict[str, float]:
+    """Adapt to half of the held-out cells in closed form, score the other half.
+
+    ``i_nll`` is -IWELBO averaged over interventions, nats per cell; ``floor`` what the true
+    generator would score on some of the same cells, given their library, and ``i_nll_gap`` how
+    far the model is above it on those.
+    """
+    fitted, scored, design = _held_out(screen, model.prior.design)
+    adapted = transfer.adapt(model, fitted, design=design)
+    bounds = iwelbo(adapted, scored, n_draws=1000)
+    some = _first_of_each(scored, _ORACLE_CELLS)
+    floor = -_oracle_log_prob(screen, scored[some], design)
+    nll = -float(np.nanmean(by_condition(bounds, scored, design)["mean"]))
+    return {
+        "i_nll": nll,
+        "floor": floor.mean(),
+        "i_nll_gap": float(-bounds[some].mean() - floor.mean()),
+    }
+
+
+def _oracle_log_prob(screen: Screen, cells: Cells, design: Design) -> np.ndarray:
+    names = [design.conditions[row] for row in cells.condition.tolist()]
+    known = replace(cells, condition=screen.design.index(names))
+    return simulate.oracle_log_prob(screen, known, observed_library=True).numpy()
+
+
+def _first_of_each(cells: Cells, n: int) -> torch.Tensor:
+    """Return the positions of the first n cells of every condition."""
+    rows = cells.condition.unique()
+    return torch.cat([(cells.condition == row).nonzero()[:n, 0] for row in rows])
+
+
+def _released_transfer(
+    model: SMSVAE,
+    screen: Screen,
+    *,
+    train: Cells,
+    validation: Cells,
+    config: TrainConfig,
+    drift: bool,
+) -> dict[str, float]:
+    """Repeat the released transfer step: refit, gradients in training mode, the same cells twice.
+
+    ``i_nll`` is then the released number, ``i_nll_corrected`` the one of `_transfer_scores`.
+    """
+    names = screen.design.conditions[-_HELD_OUT:]
+    design = model.prior.design.extend(names)
+    cells = _relabelled(screen, names, design)
+    _, stages = transfer.protocol(
+        model,
+        train,
+        config=config,
+        validation=validation,
+        adaptation=cells,
+        scoring=cells,
+        design=design,
+        how="gradient",
+        drift=drift,
+    )
+    nll = -stages.groupby("stage")["iwelbo"].mean()
+    return {"i_nll": nll["adapted"], "i_nll_refitted": nll["refitted"]}
+
+
+def _control(method: str, screen: Screen, trained: Screen, *, seed: int) -> dict[str, float]:
+    """Score an estimate without a neural network; the oracle's on some of the cells."""
+    cells, true = trained.cells, trained.z.numpy()
+    counts, condition, n_latent = cells.counts.numpy(), cells.condition.numpy(), true.shape[1]
+    if method == "oracle":
+        some = _first_of_each(cells, _ORACLE_CELLS)
+        mean = simulate.oracle(trained, cells[some], seed=seed).mean.numpy()
+        floor = -_oracle_log_prob(screen, *_some_held_out(screen))
+        return {**latent_scores(true[some], mean, condition[some]), "i_nll": floor.mean()}
+    if method == "pca":
+        return latent_scores(true, controls.pca(counts, n_latent), condition)
+    if method == "regression":
+        return latent_scores(true, controls.regression(counts, true, seed=seed), condition)
+    found = controls.lda(counts, condition, n_latent)
+    graph = _two_largest(found.shift)
+    return {
+        **latent_scores(true, found.latents, condition),
+        **graph_scores(trained.graph.numpy(), graph, true, found.latents),
+    }
+
+
+def _some_held_out(screen: Screen) -> tuple[Cells, Design]:
+    names = screen.design.conditions[-_HELD_OUT:]
+    cells = screen.cells.of(screen.design.index(names))
+    return cells[_first_of_each(cells, _ORACLE_CELLS)], screen.design
+
+
+def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict[str, object]:
+    """Return, per arm, setting and method, every score's values by seed with mean and interval.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        From `smslib.sweep.collect`; may hold runs of other studies.
+    study : dict
+        From setting to configurations, as in `smslib.studies`. Runs that are missing are left out.
+
+    Returns
+    -------
+    dict
+        ``<arm>.<setting>.<method>.seeds``, ``<arm>.<setting>.<method>.<score>`` (lists over
+        seeds), and of each list ``.mean``, ``.sd``, ``.low``, ``.high`` (95 % t interval; None for
+        a single seed) and ``.n``. An empty setting is left out.
+    """
     values: dict[str, object] = {}
-    for (recipe, method), group in runs.sort_values("seed").groupby(["recipe", "method"]):
-        key = f"{recipe}.{method}"
-        values[f"{key}.seeds"] = group["seed"].tolist()
-        for score in group.select_dtypes("number").columns.difference(list(settings)):
-            if not score.startswith("provenance."):
-                column = group[score]
-                values[f"{key}.{score}"] = column.tolist()
-                values[f"{key}.{score}.mean"] = column.mean()
-                values[f"{key}.{score}.sd"] = column.std() if len(column) > 1 else None
-                values[f"{key}.{score}.max"] = column.max()
+    for setting, configs in study.items():
+        found = runs[runs["run_id"].isin([sweep.run_id(config) for config in configs])]
+        for (arm, method), group in found.sort_values("seed").groupby(["arm", "method"]):
+            key = ".".join(name for name in (arm, setting, method) if name)
+            values[f"{key}.seeds"] = group["seed"].tolist()
+            for score in _scores(group, configs):
+                values |= _summary(f"{key}.{score}", group[score].dropna().tolist())
     return values
 
 
-def cost(runs: pd.DataFrame, command: str) -> dict[str, object]:
-    """Return the provenance of a study from that of its runs: costs added up, the rest listed."""
-    part = {
-        name.removeprefix("provenance."): runs[name]
-        for name in runs.columns
-        if name.startswith("provenance.")
-    }
-    total = {name: float(part[name].sum()) for name in ("wall_seconds", "cpu_seconds")}
-    constant = ("python", "torch", "numpy", "smslib", "device", "n_cpu", "threads", "commit")
-    listed = {name: ", ".join(sorted(set(part[name].astype(str)))) for name in constant}
+def _scores(group: pd.DataFrame, configs: Sequence[Config]) -> list[str]:
+    """Return the columns that the task returned: numbers that no configuration sets."""
+    settings = {name for config in configs for name in config}
+    numbers = group.select_dtypes("number").dropna(axis=1, how="all").columns
+    return [name for name in numbers if name not in settings and "." not in name]
+
+
+def _summary(key: str, values: list[float]) -> dict[str, object]:
+    several = len(values) > 1
+    _, low, high, _ = metrics.interval(values) if several else (None,) * 4
     return {
-        **listed,
-        **total,
-        "command": command,
-        "date": part["date"].max(),
-        "dirty": bool(part["dirty"].any()),
-        "n_runs": len(runs),
-        "peak_memory_mb": float(part["peak_memory_mb"].max()),
-        "seeds": sorted(set(runs["seed"].tolist())),
+        key: values,
+        f"{key}.mean": float(np.mean(values)),
+        f"{key}.sd": float(np.std(values, ddof=1)) if several else None,
+        f"{key}.low": low,
+        f"{key}.high": high,
+        f"{key}.n": len(values),
     }
 
 
@@ -222,8 +387,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("experiment", choices=sorted(STUDIES))
     parser.add_argument("--results", type=Path, default=Path("book/results"))
     parser.add_argument("--workers", type=int, default=2, help="0 only summarises what there is")
+    parser.add_argument("--arm", choices=sorted(ARMS), help="run this arm alone")
+    parser.add_argument("--index", type=int, help="run this one of the study alone")
+    parser.add_argument("--retry", action="store_true", help="run crashed ones again")
     given = parser.parse_args(arguments)
-    root = given.results / "runs" / given.experiment
+    study, root = STUDIES[given.experiment](), given.results / "runs" / "simulation"
+    wanted = sweep.chain(*study.values())
+    if given.arm:
+        wanted = [config for config in wanted if config["arm"] == given.arm]
     if given.workers:
         with ProcessPoolExecutor(
             given.workers,
@@ -231,16 +402,21 @@ def main(arguments: list[str] | None = None) -> int:
             initializer=torch.set_num_threads,
             initargs=(1,),
         ) as executor:
-            sweep.run(recover, STUDIES[given.experiment](), root, executor=executor)
-    runs = sweep.collect(root)
-    command = f"make bench EXPERIMENT={given.experiment}"
-    store.put(
-        given.experiment,
-        summarise(runs),
-        root=given.results,
-        provenance=cost(runs, command),
-    )
+            options = {"executor": executor, "index": given.index, "retry": given.retry}
+            sweep.run(recover, wanted, root, **options)
+    _store(given.experiment, study, given.results, root)
     return 0
+
+
+def _store(
+    experiment: str, study: Mapping[str, Sequence[Config]], results: Path, root: Path
+) -> None:
+    """Summarise what there is of a study."""
+    runs, names = sweep.collect(root), {sweep.run_id(c) for c in sweep.chain(*study.values())}
+    runs = runs[runs["run_id"].isin(names)]
+    command = f"make bench EXPERIMENT={experiment}"
+    provenance = sweep.cost(runs, command) | {"n_missing": len(names) - len(runs)}
+    store.put(experiment, summarise(runs, study), root=results, provenance=provenance)
 
 
 if __name__ == "__main__":

@@ -52,9 +52,13 @@ def elbo(
 def latents(
     model: SMSVAE, cells: Cells, *, batch_size: int = 4096
 ) -> Float[np.ndarray, "cell latent"]:
-    """Return the posterior means E[z | x], in prior standard deviations."""
+    """Return the posterior means of z, in prior standard deviations.
+
+    The encoder sees the counts alone; a model with Gauss-Newton inference also uses the prior of
+    the cell's condition (``q(z | x, a)`` in the paper, eq. 12).
+    """
     with _evaluating(model):
-        parts = [model.encode(batch.counts).mean for batch in minibatches(cells, batch_size)]
+        parts = [model.infer(batch).mean for batch in minibatches(cells, batch_size)]
         return _numpy(torch.cat(parts))
 
 
@@ -143,7 +147,7 @@ def _bounds(
     model: SMSVAE, batch: Cells, seeds: Sequence[int], n_draws: int
 ) -> Float[Tensor, " cell"]:
     """Return the bound of every cell of a batch."""
-    q = model.encode(batch.counts)
+    q = model.infer(batch)
     proposal = _Proposal.of(q, model.prior.mode()[batch.condition])
     likelihood, generator = model.likelihood(batch), torch.Generator(batch.device)
     step = max(_SMALLEST_CHUNK, _FLOATS_PER_CHUNK // model.n_genes)

@@ -19,13 +19,16 @@ from torch import Tensor, nn
 
 from smslib.data import Cells, Design, seeded
 from smslib.distributions import Moments, NegativeBinomial, kl_to_shifted_normal
+from smslib.newton import log_rate_and_jacobian, newton_step
 from smslib.priors import GATES, METHODS, SLABS, Estimator, ShiftPrior
 
 __all__ = ["SMSVAE", "Likelihood", "Terms"]
 
 Norm = Literal["batch", "layer", "none"]
 Activation = Literal["relu", "leaky_relu"]
-_LEAK = 0.2
+_SLOPES = {"leaky_relu": 0.2, "relu": 0.0}  # below zero
+_SMALLEST_SPREAD = 1e-2  # of log counts: a constant gene must not become noise
+_STEPS_IN_EVALUATION = 4  # further ones move nothing
 _SMALLEST_VARIANCE = 1e-4  # of q(z | x), as released
 
 
@@ -103,6 +106,18 @@ class SMSVAE(nn.Module):
     activation : {"leaky_relu", "relu"}
     estimator : {"expected", "sampled"}
         Gates integrated out in closed form, or drawn straight-through (as released).
+    n_hidden_encoder, n_layers_decoder : int, optional
+        Where they differ from ``n_hidden`` and ``n_layers``.
+    newton : bool
+        Whether Gauss-Newton steps (`smslib.newton`) move the encoder's mean towards the mode of
+        p(z | x, c): one in training, four in evaluation. The encoder alone misses it by more than
+        the posterior is wide, and the decoder then learns a compressed map of the latents that is
+        easier to encode. Needs ``norm="none"``.
+
+    Raises
+    ------
+    ValueError
+        If norm or activation is unknown, or ``newton`` meets a normalisation layer.
     """
 
     def __init__(
@@ -117,8 +132,16 @@ class SMSVAE(nn.Module):
         dropout: float = 0.0,
         activation: Activation = "leaky_relu",
         estimator: Estimator = "expected",
+        n_hidden_encoder: int | None = None,
+        n_layers_decoder: int | None = None,
+        newton: bool = False,
     ) -> None:
         super().__init__()
+        if newton and norm != "none":
+            raise ValueError(
+                f"newton=True with norm={norm!r}; the step needs a decoder without normalisation, "
+                "norm='none'"
+            )
         self.options = {
             "n_genes": n_genes,
             "n_latent": n_latent,
@@ -127,15 +150,22 @@ class SMSVAE(nn.Module):
             "norm": norm,
             "dropout": dropout,
             "activation": activation,
+            "n_hidden_encoder": n_hidden_encoder,
+            "n_layers_decoder": n_layers_decoder,
+            "newton": newton,
         }
         self.prior = prior
         self.estimator = estimator
-        hidden = [n_hidden] * n_layers
-        self.encoder = _mlp([n_genes, *hidden], norm, dropout, activation)
-        self.posterior = nn.Linear(n_hidden, 2 * n_latent)
+        self.newton = newton
+        width = n_hidden_encoder or n_hidden
+        hidden = [n_hidden] * (n_layers_decoder or n_layers)
+        self.encoder = _mlp([n_genes, *[width] * n_layers], norm, dropout, activation)
+        self.posterior = nn.Linear(width, 2 * n_latent)
         self.decoder = _mlp([n_latent, *hidden], norm, 0.0, activation)
         self.genes = nn.Linear(n_hidden, n_genes)
         self.log_theta = nn.Parameter(torch.randn(n_genes))
+        self.register_buffer("centre", torch.zeros(n_genes))
+        self.register_buffer("spread", torch.ones(n_genes))
 
     @classmethod
     def preset(
@@ -192,10 +222,32 @@ class SMSVAE(nn.Module):
         """Number of latents."""
         return self.options["n_latent"]
 
+    def standardise(self, cells: Cells) -> None:
+        """Give the encoder log counts with mean 0 and variance 1 over these cells."""
+        logs = cells.counts.log1p()
+        self.centre.copy_(logs.mean(0))
+        self.spread.copy_(logs.std(0, correction=0).clamp(min=_SMALLEST_SPREAD))
+
     def encode(self, counts: Float[Tensor, "cell gene"]) -> Moments:
-        """Return mean and variance of q(z | x)."""
-        mean, log_variance = self.posterior(self.encoder(counts.log1p())).chunk(2, dim=-1)
+        """Return the encoder's mean and variance of z, from the counts alone."""
+        hidden = self.encoder((counts.log1p() - self.centre) / self.spread)
+        mean, log_variance = self.posterior(hidden).chunk(2, dim=-1)
         return Moments(mean, log_variance.exp() + _SMALLEST_VARIANCE)
+
+    def infer(self, cells: Cells) -> Moments:
+        """Return mean and variance of q(z | x), or of q(z | x, c) if ``newton``.
+
+        The steps count as constants: their gradient would need the decoder's second derivatives.
+        """
+        q = self.encode(cells.counts)
+        if not self.newton:
+            return q
+        with torch.no_grad():
+            shift = self.prior().mean[cells.condition]
+            mode = q.mean
+            for _ in range(1 if self.training else _STEPS_IN_EVALUATION):
+                mode = mode + self._newton_step(mode, cells.counts, shift)
+        return Moments(q.mean + (mode - q.mean).detach(), q.variance)
 
     def decode(
         self, z: Float[Tensor, "*draw cell latent"], library: Float[Tensor, "cell 1"]
@@ -219,13 +271,19 @@ class SMSVAE(nn.Module):
 
     def forward(self, cells: Cells) -> Terms:
         """Return the terms of the ELBO (paper, eq. 12) at one draw of z per cell."""
-        q = self.encode(cells.counts)
+        q = self.infer(cells)
         z = q.mean + q.variance.sqrt() * torch.randn_like(q.mean)
         shift = self.prior.of(cells.condition, self.estimator)
         x_given_z = self.decode(z, cells.library)
         reconstruction = x_given_z.log_prob(cells.counts).sum(-1)
         kl = kl_to_shifted_normal(q.mean, q.variance, shift).sum(-1)
         return Terms(reconstruction, kl, self.prior.penalty())
+
+    def _newton_step(self, z: Tensor, counts: Tensor, shift: Tensor) -> Tensor:
+        layers = [part for part in (*self.decoder, self.genes) if isinstance(part, nn.Linear)]
+        log_rate, jacobian = log_rate_and_jacobian(layers, _SLOPES[self.options["activation"]], z)
+        theta = self.log_theta.exp()
+        return newton_step(z, counts, shift, log_rate=log_rate, jacobian=jacobian, theta=theta)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
@@ -303,7 +361,7 @@ def _normalisation(norm: Norm, width: int) -> list[nn.Module]:
 def _rectifier(activation: Activation) -> nn.Module:
     """Return the activation; in place, because a linear map does not need its output."""
     if activation == "leaky_relu":
-        return nn.LeakyReLU(_LEAK, inplace=True)
+        return nn.LeakyReLU(_SLOPES[activation], inplace=True)
     if activation == "relu":
         return nn.ReLU(inplace=True)
     raise ValueError(f"activation is {activation!r}; expected 'leaky_relu' or 'relu'")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 
-from smslib import benchmark, metrics, perturbseq, recipes, store, sweep
+from smslib import metrics, perturbseq, recipes, store, sweep
 from smslib.data import Cells, Design, from_anndata, split_cells
 from smslib.evaluate import iwelbo, latents
 from smslib.model import SMSVAE
@@ -320,7 +320,7 @@ def study(root: str | os.PathLike[str], *, executor: SupportsSubmit | None = Non
     fitted, moved = (sweep.collect(folder / f"papalexi-{part}") for part in ("gates", "transfer"))
     import pandas as pd
 
-    cost = benchmark.cost(pd.concat([fitted, moved]), "smslib.screens.study")
+    cost = sweep.cost(pd.concat([fitted, moved]), "smslib.screens.study")
     return store.put("papalexi", summarise(fitted, moved), root=root, provenance=cost)
 
 

@@ -33,6 +33,10 @@ class TrainConfig:
     batch_size : int
     learning_rate : float
         Of Adam.
+    optimizer : {"adam", "muon"}
+        Muon (Jordan et al. 2024) for the networks' weight matrices, Adam for everything else.
+    muon_learning_rate : float
+        Of Muon, whose steps have the same size whatever the gradient.
     schedule : {"cosine", "constant"}
         Cosine goes from ``learning_rate`` to zero over all the steps.
     adam_eps, weight_decay : float
@@ -46,6 +50,9 @@ class TrainConfig:
     loss_scale : {"cell", "screen"}
         Loss per cell, or summed over the screen (as released for sVAE+, not for its baselines);
         it matters only through ``adam_eps`` and ``weight_decay``.
+    encoder_share : float
+        Share of the epochs in which a model with Gauss-Newton inference is trained by its encoder
+        alone: first the encoder has to find the neighbourhood from which a step leads to the mode.
     patience : int, optional
         Epochs without a better validation ELBO after which the fit stops.
     keep : {"best", "last"}
@@ -59,6 +66,8 @@ class TrainConfig:
     epochs: int = 300
     batch_size: int = 128
     learning_rate: float = 3e-3
+    optimizer: Literal["adam", "muon"] = "adam"
+    muon_learning_rate: float = 0.02
     schedule: Literal["cosine", "constant"] = "cosine"
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
@@ -66,6 +75,7 @@ class TrainConfig:
     warmup_epochs: int = 10
     warm_penalty: bool = True
     loss_scale: Literal["cell", "screen"] = "cell"
+    encoder_share: float = 0.0
     patience: int | None = None
     keep: Literal["best", "last"] = "best"
     max_grad_norm: float | None = None
@@ -144,18 +154,13 @@ def fit(
 def _loop(
     model: SMSVAE, cells: Cells, config: TrainConfig, validation: Cells | None, progress: bool
 ) -> History:
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=config.learning_rate,
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = _Optimizer(model, config)
     order = torch.Generator().manual_seed(config.seed)
-    history, best = History(), _Best(config)
+    history, best, newton = History(), _Best(config), model.newton
     bar = tqdm(range(config.epochs), disable=None if progress else True, leave=False, unit="epoch")
     for epoch in bar:
         start = time.perf_counter()
+        model.newton = newton and epoch >= config.encoder_share * config.epochs
         row = {"epoch": epoch, **_epoch(model, cells, config, optimizer, order, epoch)}
         if validation is not None:
             row |= _validate(model, validation, config)
@@ -164,6 +169,7 @@ def _loop(
         bar.set_postfix(elbo=f"{row.get('validation_elbo', row['elbo']):.2f}")
         if best.exhausted(epoch):
             break
+    model.newton = newton
     history.best_epoch = best.restore(model)
     return history
 
@@ -172,7 +178,7 @@ def _epoch(
     model: SMSVAE,
     cells: Cells,
     config: TrainConfig,
-    optimizer: torch.optim.Optimizer,
+    optimizer: _Optimizer,
     order: torch.Generator,
     epoch: int,
 ) -> dict[str, float]:
@@ -188,9 +194,9 @@ def _epoch(
     seen = []
     batches = minibatches(cells, config.batch_size, generator=order, smallest=min(3, n_cells))
     for step, batch in enumerate(batches):
-        _set_rate(optimizer, config, epoch + step / n_steps)
+        optimizer.set_rate(epoch + step / n_steps)
         terms = model(batch)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         (scale * objective(terms, n_cells=n_cells, **weights)).backward()
         if config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -260,12 +266,50 @@ class _Best:
         return self.epoch
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, epochs_done: float) -> None:
-    if config.schedule == "cosine":
-        share = epochs_done / config.epochs
-        rate = 0.5 * config.learning_rate * (1 + math.cos(math.pi * share))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+class _Optimizer:
+    """Adam, or Muon for the networks' matrices and Adam for the rest, on one schedule."""
+
+    def __init__(self, model: SMSVAE, config: TrainConfig) -> None:
+        matrices = _matrices(model) if config.optimizer == "muon" else []
+        chosen = {id(parameter) for parameter in matrices}
+        others = [part for part in model.parameters() if id(part) not in chosen]
+        adam = torch.optim.Adam(
+            others,
+            lr=config.learning_rate,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.config, self.parts, self.rates = config, [adam], [config.learning_rate]
+        if matrices:
+            rate, decay = config.muon_learning_rate, config.weight_decay
+            self.parts.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay))
+            self.rates.append(rate)
+
+    def set_rate(self, epochs_done: float) -> None:
+        """Follow the schedule."""
+        if self.config.schedule == "constant":
+            return
+        share = 0.5 * (1 + math.cos(math.pi * epochs_done / self.config.epochs))
+        for part, rate in zip(self.parts, self.rates, strict=True):
+            for group in part.param_groups:
+                group["lr"] = rate * share
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Take a step."""
+        for part in self.parts:
+            part.step()
+
+
+def _matrices(model: SMSVAE) -> list[torch.nn.Parameter]:
+    """Return the weights of every linear map that is to be trained."""
+    maps = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    return [part.weight for part in maps if part.weight.requires_grad]
 
 
 def _check(model: SMSVAE, cells: Cells, name: str) -> None:

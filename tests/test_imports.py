@@ -16,6 +16,7 @@ CHAIN = (
     "data",
     "distributions",
     "priors",
+    "newton",
     "model",
     "train",
     "evaluate",
@@ -28,12 +29,15 @@ ALONE = {"metrics", "plotting", "store"}
 MAY_IMPORT = {
     **{name: set(CHAIN[:place]) for place, name in enumerate(CHAIN)},
     **{name: set() for name in ALONE},
+    "newton": set(),
     "sweep": set(CHAIN[: CHAIN.index("sweep")]) | {"store"},
     "simulate": {"data", "distributions"},
     "perturbseq": {"data"},
     "estimator": set(CHAIN) - {"benchmark"} | ALONE,
-    "benchmark": set(CHAIN) | ALONE | {"simulate", "perturbseq"},
-    "screens": set(CHAIN) | ALONE | {"perturbseq"},
+    "studies": {"sweep"},
+    "benchmark": set(CHAIN) | ALONE | {"controls", "simulate", "studies"},
+    "controls": {"metrics"},
+    "screens": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq"},
 }
 CHATTY = {"print", "breakpoint", "input", "exec", "eval"}
 GLOBAL_STATE = {

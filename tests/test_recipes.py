@@ -174,7 +174,9 @@ def test_building_leaves_the_global_random_state_alone():
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown recipe 'ours'; expected one of \['paper'"):
+    with pytest.raises(
+        ValueError, match=r"unknown recipe 'ours'; expected one of \['corrected', 'paper'"
+    ):
         build("svae+", "ours")
     for recipe in recipes.RECIPES:
         with pytest.raises(ValueError, match="unknown method 'gan'; expected one of"):
