@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from smslib import controls, metrics, recipes, simulate, store, sweep, transfer
+from smslib import ceilings, controls, metrics, recipes, simulate, store, sweep, transfer
 from smslib.data import Cells, Design, split_cells
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
 from smslib.model import SMSVAE
@@ -48,7 +48,7 @@ ARMS: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "smslib-written": {"recipe": "smslib", "as_released": False, "transfer": "corrected"},
     }
 )
-CONTROLS = ("pca", "lda", "regression", "oracle")
+CONTROLS = ("pca", "lda", "regression", "oracle", "told")
 _HELD_OUT = 20  # of the 100 interventions, the last 20 (released: 80-99)
 _ORACLE_CELLS = 20  # per held-out intervention; the floor is paired with the model on these
 
@@ -315,6 +315,9 @@ def _control(method: str, screen: Screen, trained: Screen, *, seed: int) -> dict
         mean = simulate.oracle(trained, cells[some], seed=seed).mean.numpy()
         floor = -_oracle_log_prob(screen, *_some_held_out(screen))
         return {**latent_scores(true[some], mean, condition[some]), "i_nll": floor.mean()}
+    if method == "told":
+        model, _ = recipes.build(cells, trained.design, n_latent=n_latent, seed=seed)
+        return ceilings.told(model, trained, seed=seed)
     if method == "pca":
         return latent_scores(true, controls.pca(counts, n_latent), condition)
     if method == "regression":

@@ -152,7 +152,6 @@ class SMSVAE(nn.Module):
             "activation": activation,
             "n_hidden_encoder": n_hidden_encoder,
             "n_layers_decoder": n_layers_decoder,
-            "newton": newton,
         }
         self.prior = prior
         self.estimator = estimator
@@ -223,7 +222,23 @@ class SMSVAE(nn.Module):
         return self.options["n_latent"]
 
     def standardise(self, cells: Cells) -> None:
-        """Give the encoder log counts with mean 0 and variance 1 over these cells."""
+        """Give the encoder log counts with mean 0 and variance 1 over these cells.
+
+        Parameters
+        ----------
+        cells : Cells
+            Those that the model is going to be fitted on.
+
+        Raises
+        ------
+        ValueError
+            If there are no cells, or they have other genes in number than the model.
+        """
+        if len(cells) == 0 or cells.n_genes != self.n_genes:
+            raise ValueError(
+                f"got {len(cells)} cells of {cells.n_genes} genes to standardise by; expected the "
+                f"training cells, at least one, of the model's {self.n_genes} genes"
+            )
         logs = cells.counts.log1p()
         self.centre.copy_(logs.mean(0))
         self.spread.copy_(logs.std(0, correction=0).clamp(min=_SMALLEST_SPREAD))
@@ -321,7 +336,7 @@ class SMSVAE(nn.Module):
     def _config(self) -> dict[str, object]:
         slab, gate = self.prior.slab, self.prior.gate
         return {
-            "model": {**self.options, "estimator": self.estimator},
+            "model": {**self.options, "estimator": self.estimator, "newton": self.newton},
             "conditions": self.prior.conditions,
             "targets": self.prior.targets,
             "slab": [type(slab).__name__, slab.options()],

@@ -39,13 +39,12 @@ def log_rate_and_jacobian(
         hidden = layer(hidden)
         slopes = torch.where(hidden > 0, 1.0, slope).to(hidden).unsqueeze(1)
         hidden = functional.leaky_relu(hidden, slope)
-        weight = layer.weight.t().contiguous()  # or the product below walks through memory askew
-        tangent = weight.expand(len(z), -1, -1) if tangent is None else tangent @ weight
-        tangent = tangent * slopes
-    logits = last(hidden)
+        weight = layer.weight.t().contiguous()  # or the product walks through memory askew
+        # In place: the tangents are by far the largest arrays of a training step.
+        tangent = weight * slopes if tangent is None else (tangent @ weight).mul_(slopes)
+    log_rate = last(hidden).log_softmax(-1)
     jacobian = tangent @ last.weight.t()
-    share = logits.softmax(-1).unsqueeze(-1)
-    return logits.log_softmax(-1), jacobian - jacobian @ share
+    return log_rate, jacobian.sub_(jacobian @ log_rate.exp().unsqueeze(-1))
 
 
 def newton_step(

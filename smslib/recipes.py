@@ -91,7 +91,7 @@ _PAPER = Recipe(
 
 
 def _our_training(recipe: Recipe) -> Recipe:
-    return replace(recipe, steps=7000).with_train(
+    return replace(recipe, steps=9000).with_train(
         learning_rate=8e-3,
         schedule="cosine",
         adam_eps=1e-8,
@@ -227,10 +227,17 @@ def _schedule(
         plan.train,
         seed=seed,
         **_length(plan, len(cells), epochs),
-        beta=(beta or _BETA) if method == "beta-vae" else 1.0,
+        beta=_beta(method, beta),
         warm_penalty=plan.sparsity == "cells" or method == "svae+",
         loss_scale="screen" if summed else "cell",
     )
+
+
+def _beta(method: str, beta: float | None) -> float:
+    """Return the weight of the KL term."""
+    if method != "beta-vae":
+        return 1.0
+    return _BETA if beta is None else beta
 
 
 def _length(plan: Recipe, n_cells: int, epochs: int | None) -> dict[str, int]:
@@ -238,7 +245,8 @@ def _length(plan: Recipe, n_cells: int, epochs: int | None) -> dict[str, int]:
     if plan.steps is None:
         return {"epochs": plan.train.epochs if epochs is None else epochs}
     batch_size = min(512, max(128, n_cells // 70))
-    epochs = math.ceil(plan.steps * batch_size / n_cells) if epochs is None else epochs
+    if epochs is None:
+        epochs = math.ceil(plan.steps * min(batch_size, n_cells) / n_cells)
     warmup = math.ceil(_WARMUP_SHARE * epochs)
     return {"batch_size": batch_size, "epochs": epochs, "warmup_epochs": warmup}
 

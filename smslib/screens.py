@@ -56,6 +56,7 @@ _ALIKE = PATHWAY[:4]  # IRF1, the fifth, acts downstream and shares only part of
 _DONOR = "CD86"  # the null target with most cells
 _N_DRAWS = 200
 _EPOCHS = 30
+_BATCH_SIZE = 128
 
 
 def prepare(
@@ -111,10 +112,9 @@ def fit_screen(
     """
     train, validation = split_cells(cells, (0.9, 0.1), seed=seed)
     sparsity = float(design.n_targets) if method == "svae+" else None
-    model, config = recipes.build(
-        train, design, method=method, n_latent=_N_LATENT, sparsity=sparsity, seed=seed
-    )
-    config = replace(config, epochs=epochs, learning_rate=8e-3, batch_size=128)
+    options = {"n_latent": _N_LATENT, "sparsity": sparsity, "seed": seed, "epochs": epochs}
+    model, config = recipes.build(train, design, method=method, **options)
+    config = replace(config, batch_size=_BATCH_SIZE)
     return model, fit(model, train, config, validation=validation, progress=False)
 
 

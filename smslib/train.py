@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["History", "TrainConfig", "fit", "objective"]
 
+_CHOICES = {
+    "optimizer": ("adam", "muon"),
+    "schedule": ("cosine", "constant"),
+    "loss_scale": ("cell", "screen"),
+    "keep": ("best", "last"),
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -41,6 +48,7 @@ class TrainConfig:
         Cosine goes from ``learning_rate`` to zero over all the steps.
     adam_eps, weight_decay : float
         Of Adam. The released code inherits 0.01 and 1e-6; with that eps Adam is not scale-free.
+        Muon's matrices shrink by the same ``weight_decay``, apart from their gradient.
     beta : float
         Weight of the KL term.
     warmup_epochs : int
@@ -53,6 +61,7 @@ class TrainConfig:
     encoder_share : float
         Share of the epochs in which a model with Gauss-Newton inference is trained by its encoder
         alone: first the encoder has to find the neighbourhood from which a step leads to the mode.
+        Best weights and patience begin after it; the last epoch always takes the steps.
     patience : int, optional
         Epochs without a better validation ELBO after which the fit stops.
     keep : {"best", "last"}
@@ -61,6 +70,11 @@ class TrainConfig:
         Gradients are clipped to this norm.
     seed : int
         Of batches and draws. The initial weights have their own seed, in `SMSVAE.preset`.
+
+    Raises
+    ------
+    ValueError
+        If a choice is none of those listed, or ``encoder_share`` is no share.
     """
 
     epochs: int = 300
@@ -80,6 +94,16 @@ class TrainConfig:
     keep: Literal["best", "last"] = "best"
     max_grad_norm: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what would otherwise pass for another choice in silence."""
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}")
+        if not 0.0 <= self.encoder_share <= 1.0:
+            raise ValueError(
+                f"encoder_share is {self.encoder_share}; expected a share of the epochs, 0 to 1"
+            )
 
 
 @dataclass
@@ -112,7 +136,7 @@ def fit(
     validation: Cells | None = None,
     progress: bool = True,
 ) -> History:
-    """Maximise the ELBO with Adam; this changes ``model`` in place.
+    """Maximise the ELBO by stochastic gradients; this changes ``model`` in place.
 
     Parameters
     ----------
@@ -145,8 +169,12 @@ def fit(
         raise ValueError(
             "patience is set but there are no validation cells; pass validation= or patience=None"
         )
-    with seeded(config.seed):
-        history = _loop(model, cells, config, validation, progress)
+    newton = model.newton
+    try:
+        with seeded(config.seed):
+            history = _loop(model, cells, config, validation, progress)
+    finally:
+        model.newton = newton
     model.eval()
     return history
 
@@ -157,19 +185,20 @@ def _loop(
     optimizer = _Optimizer(model, config)
     order = torch.Generator().manual_seed(config.seed)
     history, best, newton = History(), _Best(config), model.newton
+    first_with_steps = min(config.encoder_share * config.epochs, config.epochs - 1)
     bar = tqdm(range(config.epochs), disable=None if progress else True, leave=False, unit="epoch")
     for epoch in bar:
         start = time.perf_counter()
-        model.newton = newton and epoch >= config.encoder_share * config.epochs
+        model.newton = newton and epoch >= first_with_steps
         row = {"epoch": epoch, **_epoch(model, cells, config, optimizer, order, epoch)}
         if validation is not None:
             row |= _validate(model, validation, config)
-            best.update(epoch, row["validation_elbo"], model)
+            if model.newton == newton:  # or the weights were judged by another inference
+                best.update(epoch, row["validation_elbo"], model)
         history.rows.append(row | {"seconds": time.perf_counter() - start})
         bar.set_postfix(elbo=f"{row.get('validation_elbo', row['elbo']):.2f}")
         if best.exhausted(epoch):
             break
-    model.newton = newton
     history.best_epoch = best.restore(model)
     return history
 

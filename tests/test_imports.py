@@ -34,8 +34,9 @@ MAY_IMPORT = {
     "simulate": {"data", "distributions"},
     "perturbseq": {"data"},
     "estimator": set(CHAIN) - {"benchmark"} | ALONE,
-    "studies": {"sweep"},
-    "benchmark": set(CHAIN) | ALONE | {"controls", "simulate", "studies"},
+    "studies": {"recipes", "sweep"},
+    "ceilings": {"data", "metrics", "model", "simulate"},
+    "benchmark": set(CHAIN) | ALONE | {"ceilings", "controls", "simulate", "studies"},
     "controls": {"metrics"},
     "screens": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq"},
 }
