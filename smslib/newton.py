@@ -28,7 +28,8 @@ def log_rate_and_jacobian(
     Parameters
     ----------
     layers : sequence of Linear
-        From latents to genes, with a leaky rectifier between two of them and a softmax at the end.
+        From latents to genes, two or more, with a leaky rectifier between each and the next, and a
+        softmax at the end.
     slope : float
         Of the rectifier below zero; 0 for ReLU.
     z : Tensor, (n_cells, n_latent)
