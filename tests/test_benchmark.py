@@ -1,21 +1,182 @@
-"""The benchmark: which runs it asks for, what a run returns, and how runs are summarised."""
+"""The benchmark: what a run returns, how runs are summarised, and what the command line does."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+import torch
 
-from smslib import benchmark, store, sweep
+from smslib import benchmark, ceilings, metrics, recipes, simulate, store, sweep
 
-TINY = {
-    "as_released": True,
-    "n_cells": 10,
-    "n_latent": 3,
-    "recipe": "smslib",
-    "method": "svae+",
-    "seed": 0,
-    "max_epochs": 2,
+TINY = {"arm": "smslib", "method": "svae+", "seed": 0, "n_cells": 8, "n_latent": 3}
+SHORT = TINY | {"max_epochs": 2}
+LATENTS = {"mcc", "mcc_spearman", "mcc_within", "r2", "r2_cv"} | {
+    f"dci_{part}" for part in ("disentanglement", "completeness")
 }
+GRAPH = {"precision", "recall", "f1", "average_precision", "shd", "n_edges"}
+TRANSFER = {"i_nll", "floor", "i_nll_gap"}
+FIT = {"epochs", "fit_cpu_seconds", "validation_elbo"}
+GATES = {"calibration", "brier"}
+RELEASED = {"released_precision", "released_recall", "released_f1"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_draws():
+    """Bounds of few draws: the tests look at what is there, not at how tight it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        bound = benchmark.iwelbo
+        patch.setattr(benchmark, "iwelbo", lambda *args, **_: bound(*args, n_draws=5))
+        patch.setattr(benchmark, "_ORACLE_CELLS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def result():
+    return benchmark.recover(SHORT)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_returns_finite_scores_of_every_kind(result):
+    signed = {f"signed_{name}" for name in GRAPH}
+    assert set(result) == LATENTS | GRAPH | signed | RELEASED | GATES | TRANSFER | FIT
+    assert all(math.isfinite(value) for value in result.values())
+
+
+def test_bounds_have_their_signs(result):
+    assert result["i_nll"] > 0 > result["validation_elbo"]
+    assert 0 <= result["mcc"] <= 1
+
+
+def test_a_run_is_a_function_of_its_configuration(result):
+    again = benchmark.recover(SHORT)
+    del again["fit_cpu_seconds"]
+    assert again == {name: result[name] for name in again}
+
+
+def test_the_weights_have_a_seed_of_their_own(result):
+    other = benchmark.recover(SHORT | {"init_seed": 1})
+    assert other["floor"] == result["floor"]
+    assert other["mcc"] != result["mcc"]
+
+
+@pytest.mark.parametrize("method", ["vae", "beta-vae"])
+def test_methods_without_shifts_have_no_graph(method):
+    assert set(benchmark.recover(SHORT | {"method": method})) == LATENTS | TRANSFER | FIT
+
+
+def test_ivae_is_given_two_edges_per_target():
+    found = benchmark.recover(SHORT | {"method": "ivae"})
+    assert found["n_edges"] == 2 * 80
+    assert not GATES & set(found)
+
+
+def test_the_released_arm_is_scored_by_both_transfer_steps(monkeypatch):
+    seen = {}
+    protocol = benchmark.transfer.protocol
+
+    def spy(*args, **options):
+        seen.update(options)
+        return protocol(*args, **options, n_draws=5)
+
+    monkeypatch.setattr(benchmark.transfer, "protocol", spy)
+    found = benchmark.recover(SHORT | {"arm": "released", "method": "ivae", "max_epochs": 1})
+    assert {"i_nll", "i_nll_corrected", "i_nll_refitted"} <= set(found)
+    assert found["i_nll"] != found["i_nll_corrected"]
+    assert seen["how"] == "gradient"
+    assert seen["drift"]
+    assert seen["adaptation"] is seen["scoring"]
+
+
+def test_shuffled_labels_leave_the_counts_of_each_condition(monkeypatch):
+    fitted = {}
+
+    def spy(model, cells, config, *, validation):
+        fitted.update(condition=torch.cat([cells.condition, validation.condition]))
+        return fit(model, cells, config, validation=validation)
+
+    fit = benchmark.fit
+    monkeypatch.setattr(benchmark, "fit", spy)
+    benchmark.recover(SHORT | {"method": "shuffled"})
+    assert torch.bincount(fitted["condition"], minlength=81)[1:].tolist() == 80 * [8]
+
+
+@pytest.mark.parametrize("method", ["pca", "lda", "regression"])
+def test_controls_need_no_model(method):
+    found = benchmark.recover(TINY | {"method": method})
+    assert LATENTS <= set(found)
+    assert FIT.isdisjoint(found)
+    assert (GRAPH <= set(found)) == (method == "lda")
+
+
+def test_the_oracle_is_nearly_perfect_where_counts_are_deep():
+    found = benchmark.recover(TINY | {"method": "oracle"})
+    assert min(found["mcc"], found["r2"]) > 0.99
+    assert set(found) == LATENTS | {"i_nll"}
+
+
+def test_data_settings_reach_the_simulator(monkeypatch):
+    seen = {}
+
+    def stop(**options):
+        seen.update(options)
+        raise LookupError("far enough")
+
+    monkeypatch.setattr(benchmark.simulate, "sparse_shift", stop)
+    data = {
+        "mechanism": {"density": 0.2, "effect": 2.0},
+        "held_out": {"density": 0.9},
+        "normaliser": "genes",
+        "with_replacement": False,
+        "n_targets": 40,
+    }
+    with pytest.raises(LookupError):
+        benchmark.recover(TINY | data)
+    assert seen["mechanism"] == simulate.Mechanism(density=0.2, effect=2.0)
+    assert seen["held_out"] == (20, simulate.Mechanism(density=0.9))
+    assert (seen["normaliser"], seen["with_replacement"]) == ("genes", False)
+    assert (seen["n_targets"], seen["n_cells_per_condition"], seen["n_latent"]) == (40, 8, 3)
+    assert seen["as_released"]
+
+
+@pytest.mark.parametrize("arm", sorted(benchmark.ARMS))
+def test_arms_name_known_recipes(arm):
+    assert benchmark.ARMS[arm]["recipe"] in recipes.RECIPES
+    assert benchmark.ARMS[arm]["transfer"] in ("released", "corrected")
+
+
+def test_the_released_graph_score_of_a_perfect_model():
+    """Five targets trained, five not: half of the edges are out of reach, and half the signs."""
+    rng = np.random.default_rng(0)
+    screen = simulate.sparse_shift(n_cells_per_condition=30, n_targets=10, n_latent=4, seed=1)
+    trained = simulate.restrict(screen, screen.design.conditions[1:6])
+    model = recipes.build(trained.cells, trained.design, n_latent=4, epochs=1)[0]
+    model.prior.gate.logit.data = torch.where(trained.graph, 9.0, -9.0)
+    estimated = trained.z.numpy() + 1e-6 * rng.standard_normal(trained.z.shape)
+    score = benchmark._released_graph_scores(model, "svae+", screen, trained, estimated)
+    assert score["released_precision"] == 1.0
+    share = float(trained.graph.sum() / screen.graph.sum())
+    assert score["released_recall"] == pytest.approx(share)
+
+
+# ---------------------------------------------------------------- told the truth
+
+
+def test_told_the_truth_the_networks_learn_it():
+    screen = simulate.sparse_shift(
+        n_cells_per_condition=200, n_targets=6, n_latent=2, seed=0, as_released=True
+    )
+    model, _ = recipes.build(screen.cells, screen.design, n_latent=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    short, long = (ceilings.told(model, screen, epochs=n) for n in (1, 8))
+    assert long["encoder_r2"] > max(0.95, short["encoder_r2"])
+    assert 0 < long["decoder_gap"] < short["decoder_gap"]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- summaries
 
 
 def provenance(seconds, **other):
@@ -36,137 +197,109 @@ def provenance(seconds, **other):
     } | other
 
 
-def entry(method, seed, mcc, seconds, **other):
-    config = {"method": method, "recipe": "paper", "seed": seed, "n_cells": 5}
+def entry(method, seed, mcc, **data):
+    config = {"arm": "smslib", "method": method, "seed": seed, **data}
     result = {"mcc": mcc, "epochs": 3 + seed}
-    return {"config": config, "result": result, "provenance": provenance(seconds, **other)}
+    return {"config": config, "result": result, "provenance": provenance(10.0)}
 
 
 ENTRIES = [
-    entry("svae+", 1, 0.5, 10.0),
-    entry("svae+", 0, 0.9, 20.0, date="2026-02-01", commit="def", dirty=True),
-    entry("vae", 0, 0.1, 30.0),
+    entry("svae+", 1, 0.5),
+    entry("svae+", 0, 0.9),
+    entry("vae", 0, 0.1),
+    entry("svae+", 0, 0.3, n_latent=20),
 ]
+STUDY = {
+    "": [ENTRIES[0]["config"], ENTRIES[1]["config"], ENTRIES[2]["config"]],
+    "p20": [ENTRIES[3]["config"], ENTRIES[3]["config"] | {"seed": 7}],
+}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for number, run in enumerate(ENTRIES):
-        store.write_json(tmp_path / f"{number}.json", run)
-    return tmp_path
+def write(entries, folder):
+    for run in entries:
+        store.write_json(folder / f"{sweep.run_id(run['config'])}.json", run)
+    return folder
 
 
-# ---------------------------------------------------------------- studies
+def test_summary_by_hand(tmp_path):
+    values = benchmark.summarise(sweep.collect(write(ENTRIES, tmp_path)), STUDY)
+    assert values["smslib.svae+.seeds"] == [0, 1]
+    assert values["smslib.svae+.mcc"] == [0.9, 0.5]
+    assert values["smslib.svae+.mcc.mean"] == pytest.approx(0.7)
+    assert values["smslib.svae+.mcc.sd"] == pytest.approx(0.4 / math.sqrt(2))
+    half = 12.706204736 * 0.2  # Student's t at 1 degree of freedom times the standard error
+    assert values["smslib.svae+.mcc.low"] == pytest.approx(0.7 - half)
+    assert values["smslib.svae+.mcc.high"] == pytest.approx(0.7 + half)
+    assert values["smslib.vae.epochs"] == [3]
+    assert values["smslib.vae.mcc.n"] == 1
+    assert values["smslib.vae.mcc.low"] is None
+    assert values["smslib.p20.svae+.mcc"] == [0.3]
 
 
-def test_headline_is_five_seeds_of_one_setting():
-    study = benchmark.STUDIES["headline"]()
-    assert [config.pop("seed") for config in study] == list(range(5))
-    assert study == 5 * [
-        {"as_released": True, "n_cells": 250, "recipe": "smslib", "method": "svae+"}
-    ]
+def test_summary_holds_scores_of_the_study_only(tmp_path):
+    values = benchmark.summarise(sweep.collect(write(ENTRIES, tmp_path)), {"": STUDY[""]})
+    assert {key.split(".")[2] for key in values} == {"seeds", "mcc", "epochs"}
+    assert not any(key.startswith("smslib.p20") for key in values)
 
 
-def test_table1_has_every_method_in_both_recipes():
-    study = benchmark.STUDIES["table1"]()
-    found = {(config["recipe"], config["method"]) for config in study}
-    methods = ("vae", "beta-vae", "ivae", "svae", "svae+")
-    assert found == {(recipe, m) for recipe in ("paper", "smslib") for m in methods}
-    assert {config["n_cells"] for config in study} == {500}
+def test_a_score_that_one_run_lacks_is_left_out_there(tmp_path):
+    more = entry("vae", 1, 0.2)
+    more["result"]["f1"] = 0.5
+    study = {"": [*STUDY[""], more["config"]]}
+    values = benchmark.summarise(sweep.collect(write([*ENTRIES, more], tmp_path)), study)
+    assert values["smslib.vae.f1"] == [0.5]
+    assert values["smslib.vae.mcc"] == [0.1, 0.2]
+    assert "smslib.svae+.f1" not in values
 
 
-@pytest.mark.parametrize("method", ["svae+", "ivae"])
-def test_compared_methods_have_five_seeds(method):
-    study = benchmark.STUDIES["table1"]()
-    seeds = {c["seed"] for c in study if (c["recipe"], c["method"]) == ("paper", method)}
-    assert seeds == set(range(5))
+def test_summaries_use_the_interval_of_the_metrics():
+    values = [0.1, 0.4, 0.2, 0.6]
+    low, high = (benchmark._summary("x", values)[f"x.{end}"] for end in ("low", "high"))
+    assert (low, high) == metrics.interval(values)[1:3]
 
 
-# ---------------------------------------------------------------- one run
-
-
-@pytest.fixture(scope="module")
-def result():
-    return benchmark.recover(TINY)
-
-
-def test_a_run_returns_every_score_it_promises(result):
-    graph = {"precision", "recall", "f1", "average_precision", "shd", "n_edges"}
-    promised = {"mcc", "mcc_spearman", "mcc_within", "r2", "r2_cv", *graph}
-    promised |= {f"signed_{name}" for name in graph}
-    promised |= {"i_nll", "validation_elbo", "epochs", "fit_cpu_seconds"}
-    assert set(result) == promised
-    assert result["epochs"] == 2
-    assert all(math.isfinite(value) for value in result.values())
-
-
-def test_bounds_have_their_signs(result):
-    assert result["i_nll"] > 0 > result["validation_elbo"]
-    assert 0 <= result["mcc"] <= 1
-
-
-def test_a_run_is_a_function_of_its_configuration(result):
-    again = benchmark.recover(TINY)
-    del again["fit_cpu_seconds"]
-    assert again == {name: result[name] for name in again}
-
-
-def test_shift_free_methods_are_given_a_graph_of_two_edges_per_target():
-    found = benchmark.recover(TINY | {"method": "vae", "max_epochs": 1})
-    assert found["n_edges"] == 2 * benchmark.N_TRAINED
-
-
-# ---------------------------------------------------------------- summaries
-
-
-def test_summary_by_hand(folder):
-    values = benchmark.summarise(sweep.collect(folder))
-    assert values["paper.svae+.seeds"] == [0, 1]
-    assert values["paper.svae+.mcc"] == [0.9, 0.5]
-    assert values["paper.svae+.mcc.mean"] == pytest.approx(0.7)
-    assert values["paper.svae+.mcc.sd"] == pytest.approx(0.4 / math.sqrt(2))
-    assert values["paper.vae.epochs"] == [3]
-    assert values["paper.vae.mcc.sd"] is None
-
-
-def test_summary_holds_scores_only(folder):
-    values = benchmark.summarise(sweep.collect(folder))
-    scores = {key.split(".")[2] for key in values}
-    assert scores == {"seeds", "mcc", "epochs"}
-
-
-def test_cost_adds_time_and_keeps_the_worst(folder):
-    total = benchmark.cost(sweep.collect(folder), "make bench")
-    assert (total["wall_seconds"], total["cpu_seconds"], total["n_runs"]) == (60.0, 30.0, 3)
-    assert (total["peak_memory_mb"], total["date"]) == (3000.0, "2026-02-01")
-    assert (total["dirty"], total["commit"], total["seeds"]) == (True, "abc, def", [0, 1])
-    assert total["command"] == "make bench"
+# ---------------------------------------------------------------- command line
 
 
 def test_the_command_line_summarises_what_is_there(tmp_path):
-    for number, run in enumerate(ENTRIES):
-        store.write_json(tmp_path / "runs" / "headline" / f"{number}.json", run)
+    run = entry("svae+", 3, 0.7, n_cells=250)
+    write([run, *ENTRIES], tmp_path / "runs" / "simulation")
     assert benchmark.main(["headline", "--results", str(tmp_path), "--workers", "0"]) == 0
     stored = store.get("headline", root=tmp_path)
-    assert stored["paper.svae+.mcc.mean"] == pytest.approx(0.7)
-    assert stored.provenance["n_runs"] == 3
+    assert stored["smslib.svae+.mcc.mean"] == pytest.approx(0.7)
+    assert (stored.provenance["n_runs"], stored.provenance["n_missing"]) == (1, 4)
+    assert stored.provenance["command"] == "make bench EXPERIMENT=headline"
 
 
 def instant(config):
     return {"mcc": 1.0 if config["seed"] else 0.0}
 
 
-def test_the_command_line_runs_what_is_missing(tmp_path, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
     monkeypatch.setattr(benchmark, "recover", instant)
     monkeypatch.setattr(
         benchmark, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n)
     )
-    root = tmp_path / "runs" / "headline"
-    sweep.run(instant, benchmark.STUDIES["headline"]()[:2], root)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_line_runs_what_is_missing(tmp_path):
+    study = benchmark.STUDIES["headline"]()[""]
+    sweep.run(instant, study[:2], tmp_path / "runs" / "simulation")
     assert benchmark.main(["headline", "--results", str(tmp_path), "--workers", "1"]) == 0
     stored = store.get("headline", root=tmp_path)
     assert stored["smslib.svae+.seeds"] == [0, 1, 2, 3, 4]
     assert stored["smslib.svae+.mcc.mean"] == pytest.approx(0.8)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_integer_names_a_run_and_an_arm_its_runs(tmp_path):
+    options = ["--results", str(tmp_path), "--workers", "1"]
+    benchmark.main(["headline", *options, "--index", "3"])
+    assert store.get("headline", root=tmp_path)["smslib.svae+.seeds"] == [3]
+    benchmark.main(["table10", *options, "--arm", "released"])
+    assert {key.split(".")[0] for key in store.get("table10", root=tmp_path)} == {"released"}
 
 
 def test_an_unknown_experiment_is_refused(capsys):
