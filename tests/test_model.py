@@ -7,9 +7,11 @@ import math
 import jaxtyping
 import pytest
 import torch
+from scipy import optimize
 from torch.distributions import NegativeBinomial, Normal, kl_divergence
 from torch.func import functional_call
 
+from smslib import model as module
 from smslib.data import Cells, Design, seeded
 from smslib.model import SMSVAE
 from smslib.priors import BetaGate, FixedGate, LogitGate, PointSlab, ShiftPrior
@@ -141,7 +143,175 @@ def test_prepared_likelihood_survives_extreme_dispersions_and_sharp_rates():
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-2)
 
 
+# ---------------------------------------------------------------------- what the encoder sees
+
+
+def seen_by_encoder(model, cells):
+    """Return what enters the encoder's first layer."""
+    seen = []
+    hook = model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.encode(cells.counts)
+    hook.remove()
+    return seen[0]
+
+
+def test_the_encoder_sees_log_counts():
+    cells = make_cells()
+    torch.testing.assert_close(seen_by_encoder(make_model(), cells), (1 + cells.counts).log())
+
+
+def test_standardised_it_sees_mean_zero_and_variance_one_of_those_cells():
+    model, cells = make_model(dtype=torch.float64), make_cells(dtype=torch.float64)
+    model.standardise(cells)
+    seen = seen_by_encoder(model, cells)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(N_GENES, dtype=torch.float64))
+    torch.testing.assert_close(seen.square().mean(0), torch.ones(N_GENES, dtype=torch.float64))
+    # Other cells are measured by the same rule, each gene by a line in its log counts.
+    other = make_cells(5, dtype=torch.float64, depth=30.0)
+    logs = cells.counts.log1p().numpy()
+    expected = (other.counts.log1p().numpy() - logs.mean(0)) / logs.std(0)
+    torch.testing.assert_close(seen_by_encoder(model, other), torch.from_numpy(expected))
+
+
+def test_a_constant_gene_becomes_zero_and_stays_finite_in_other_cells():
+    model, cells = make_model(), make_cells()
+    cells.counts[:, 2] = 4.0
+    model.standardise(cells)
+    assert torch.equal(seen_by_encoder(model, cells)[:, 2], torch.zeros(12))
+    assert seen_by_encoder(model, make_cells()).abs().max() <= 100 * math.log(40)
+
+
+def test_standardising_leaves_the_decoder_alone():
+    model, cells, z = make_model(), make_cells(), torch.ones(12, N_LATENT)
+    before = model.decode(z, cells.library).mean
+    model.standardise(cells)
+    assert torch.equal(model.decode(z, cells.library).mean, before)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (make_cells()[:0], "got 0 cells of 6 genes to standardise by; expected the training"),
+        (make_cells(n_genes=1), "got 12 cells of 1 genes .* of the model's 6 genes"),
+    ],
+    ids=["no cells", "other genes"],
+)
+def test_cells_that_cannot_be_standardised_by_are_refused(cells, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().standardise(cells)
+
+
+# ------------------------------------------------------------------------------- inference
+
+
+def make_stepping(**options):
+    """A model in double precision whose posterior means take Gauss-Newton steps."""
+    return make_model(dtype=torch.float64, newton=True, **options)
+
+
+def mode_by_scipy(model, cells, cell):
+    """Maximise log NB(x | z) + log N(z; E[s], 1) of one cell, as torch.distributions has it."""
+    pi, slab = model.prior.gate().detach(), model.prior.slab().detach()
+    shift = (DESIGN.matrix.double() @ (pi * slab))[cells.condition[cell]]
+    theta = model.log_theta.detach().exp()
+
+    def loss(values):
+        z = torch.tensor(values, requires_grad=True)
+        rate = cells.library[cell] * model.genes(model.decoder(z)).softmax(-1)
+        nb = NegativeBinomial(theta, logits=rate.log() - theta.log())
+        joint = nb.log_prob(cells.counts[cell]).sum() + Normal(shift, 1.0).log_prob(z).sum()
+        return -joint.item(), -torch.autograd.grad(joint, z)[0].numpy()
+
+    found = optimize.minimize(loss, shift.numpy(), jac=True, method="BFGS")
+    return torch.from_numpy(found.x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_newton_inference_is_the_encoder(training):
+    model, cells = make_model().train(training), make_cells()
+    assert all(map(torch.equal, model.infer(cells), model.encode(cells.counts)))
+
+
+@pytest.mark.parametrize(("training", "n_steps"), [(True, 1), (False, 4)])
+def test_one_step_in_training_and_four_in_evaluation(training, n_steps, monkeypatch):
+    monkeypatch.setattr(module, "newton_step", lambda z, *_, **__: torch.ones_like(z))
+    model, cells = make_stepping().train(training), make_cells(dtype=torch.float64)
+    inferred, encoded = model.infer(cells), model.encode(cells.counts)
+    torch.testing.assert_close(inferred.mean, encoded.mean + n_steps)
+    assert torch.equal(inferred.variance, encoded.variance)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("n_layers_decoder", [1, 3])
+def test_steps_lead_from_the_encoders_mean_to_the_mode(activation, n_layers_decoder):
+    model = make_stepping(activation=activation, n_layers_decoder=n_layers_decoder)
+    cells = make_cells(dtype=torch.float64, depth=200.0)
+    with torch.no_grad():
+        model.prior.gate.logit.copy_(torch.tensor([[0.5, -1.0, 0.0], [2.0, 0.3, -0.7]]))
+        codes = [model.encode(cells.counts).mean, model.infer(cells).mean]
+        codes.append(model.eval().infer(cells).mean)
+    modes = torch.stack([mode_by_scipy(model, cells, cell) for cell in range(len(cells))])
+    encoder, one, four = ((code - modes).norm(dim=1).mean() for code in codes)
+    assert one < 0.7 * encoder
+    assert four < 0.1 * encoder
+
+
+def test_the_prior_of_the_condition_enters_by_the_steps_alone():
+    model, cells = make_stepping().eval(), make_cells(dtype=torch.float64)
+    moved = Cells(cells.counts, (cells.condition + 1) % 4)
+    assert not torch.allclose(model.infer(cells).mean, model.infer(moved).mean)
+    model.newton = False
+    assert all(map(torch.equal, model.infer(cells), model.infer(moved)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_steps_are_constants_to_the_gradient(training):
+    """The derivative of the inferred mean by the encoder's mean is the identity."""
+    model, cells = make_stepping().train(training), make_cells(dtype=torch.float64)
+    mean = model.infer(cells).mean
+    for latent in range(N_LATENT):
+        (slope,) = torch.autograd.grad(mean[0, latent], model.posterior.bias, retain_graph=True)
+        assert torch.equal(slope, torch.eye(2 * N_LATENT, dtype=torch.float64)[latent])
+    mean.square().sum().backward()
+    parts = (model.decoder, model.genes, model.prior)
+    assert all(p.grad is None for part in parts for p in part.parameters())
+    assert model.log_theta.grad is None
+    assert all(p.grad is not None for p in model.encoder.parameters())
+
+
+def test_a_draw_is_taken_and_charged_around_the_inferred_mean():
+    model, cells = make_stepping(), make_cells(dtype=torch.float64)
+    with seeded(3):
+        terms = model(cells)
+    q, shift = model.infer(cells), model.prior()
+    with seeded(3):
+        z = Normal(q.mean, q.variance.sqrt()).rsample()
+    rate = cells.library * model.genes(model.decoder(z)).softmax(-1)
+    nb = NegativeBinomial(model.log_theta.exp(), logits=rate.log() - model.log_theta)
+    torch.testing.assert_close(terms.reconstruction, nb.log_prob(cells.counts).sum(-1))
+    prior = Normal(shift.mean[cells.condition], 1.0)
+    kl = kl_divergence(Normal(q.mean, q.variance.sqrt()), prior)
+    kl = kl + 0.5 * shift.variance[cells.condition]  # the shift is as uncertain as its gates
+    torch.testing.assert_close(terms.kl, kl.sum(-1))
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_newton_with_a_normalisation_is_refused(norm):
+    with pytest.raises(ValueError, match=f"newton=True with norm='{norm}'.*norm='none'"):
+        make_model(newton=True, norm=norm)
+
+
 # ---------------------------------------------------------------------------------- options
+
+
+def test_encoder_and_decoder_can_differ_in_size():
+    model = make_model(n_hidden_encoder=5, n_layers_decoder=3, n_layers=1)
+    widths = {
+        part: [m.out_features for m in getattr(model, part) if hasattr(m, "out_features")]
+        for part in ("encoder", "decoder")
+    }
+    assert widths == {"encoder": [5], "decoder": [8, 8, 8]}
+    assert model.posterior.in_features == 5
 
 
 def test_batch_norm_couples_the_cells_of_a_batch_in_training_only():
@@ -231,6 +401,25 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, gate):
             with seeded(seed):
                 theirs = loaded(make_cells())
             assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_loaded_model_infers_as_the_saved_one(tmp_path):
+    sizes = {"n_hidden_encoder": 5, "n_layers_decoder": 3, "n_layers": 1}
+    model, cells = make_model(newton=True, **sizes).eval(), make_cells()
+    model.standardise(cells)
+    model.save(tmp_path)
+    loaded = SMSVAE.load(tmp_path)
+    assert loaded.newton
+    assert {name: loaded.options[name] for name in sizes} == sizes
+    assert torch.equal(loaded.centre, cells.counts.log1p().mean(0))
+    assert all(map(torch.equal, loaded.infer(cells), model.infer(cells)))
+
+
+def test_a_model_saved_without_its_steps_is_loaded_without(tmp_path):
+    model = make_model(newton=True)
+    model.newton = False
+    model.save(tmp_path)
+    assert not SMSVAE.load(tmp_path).newton
 
 
 def test_saved_files_hold_numbers_and_names_only(tmp_path):
