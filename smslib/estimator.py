@@ -13,7 +13,7 @@ from smslib import recipes
 from smslib.data import from_anndata, split_cells
 from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
-from smslib.train import History, fit
+from smslib.train import History, TrainConfig, fit
 
 if TYPE_CHECKING:
     import anndata
@@ -33,7 +33,8 @@ class SMS:
         Prepared by `setup_anndata`.
     method : {"svae+", "svae", "ivae", "vae", "beta-vae"}
     n_latent : int
-    recipe : {"smslib", "paper"}
+    recipe : {"smslib", "corrected", "paper"}
+        A key of `smslib.recipes.RECIPES`.
     sparsity : float, optional
         As in `smslib.recipes.build`.
     seed : int
@@ -43,7 +44,15 @@ class SMS:
     Raises
     ------
     ValueError
-        If `setup_anndata` was not called, or the counts do not pass `smslib.data.from_anndata`.
+        If `setup_anndata` was not called, or the counts do not pass `smslib.data.from_anndata`,
+        which also refuses cells without a condition.
+
+    Notes
+    -----
+    Where the recipe has Gauss-Newton inference (``"smslib"``), q is ``q(z | x, c)``: steps move
+    the encoder's mean towards the mode of ``p(z | x, c)``, whose prior is that of the cell's
+    condition. Latents, ELBO and IWELBO of a cell then depend on its label, and a label that is
+    wrong pulls the cell's latents towards the wrong shift. In other recipes q is ``q(z | x)``.
 
     Examples
     --------
@@ -72,15 +81,14 @@ class SMS:
         self._cells, self._design = _read(adata)
         self._cells = self._cells.to(device)
         self._train, self._validation = split_cells(self._cells, (0.9, 0.1), seed=seed)
-        self.module, self._config = recipes.build(
-            self._train,
-            self._design,
-            method=method,
-            recipe=recipe,
-            n_latent=n_latent,
-            sparsity=sparsity,
-            seed=seed,
-        )
+        self._options = {
+            "method": method,
+            "recipe": recipe,
+            "n_latent": n_latent,
+            "sparsity": sparsity,
+            "seed": seed,
+        }
+        self.module, _ = self._build()
         self.module.to(device)
 
     @staticmethod
@@ -106,17 +114,30 @@ class SMS:
         adata.uns[_SETUP] = note
 
     def train(self, *, epochs: int | None = None, progress: bool = True) -> History:
-        """Fit the model, keep the best weights on validation cells, and return the history."""
-        from dataclasses import replace
+        """Fit the model and return the history.
 
-        config = self._config if epochs is None else replace(self._config, epochs=epochs)
+        The weights kept are those of the recipe: with "paper" the last ones, otherwise the best
+        on the tenth of the cells that validate.
+
+        Parameters
+        ----------
+        epochs : int, optional
+            Instead of the recipe's number; a warm-up that is a share of the epochs follows.
+        progress : bool
+            Show a bar when the session is interactive.
+        """
+        _, config = self._build(epochs=epochs)
         self.history = fit(
             self.module, self._train, config, validation=self._validation, progress=progress
         )
         return self.history
 
     def get_latent_representation(self) -> Float[np.ndarray, "cell latent"]:
-        """Return the posterior mean of every cell, prior standard deviations."""
+        """Return the posterior mean of every cell, prior standard deviations.
+
+        With Gauss-Newton inference it takes the cell's condition into account (see the notes of
+        the class). ``module.encode(counts)`` needs none, nor is it as close to the posterior.
+        """
         self._require_fit()
         return latents(self.module, self._cells)
 
@@ -176,6 +197,9 @@ class SMS:
             f"SMS({len(self._cells):,} cells, {self.module.n_genes:,} genes, "
             f"{design.n_conditions} conditions, {self.module.n_latent} latents; {state})"
         )
+
+    def _build(self, *, epochs: int | None = None) -> tuple[SMSVAE, TrainConfig]:
+        return recipes.build(self._train, self._design, epochs=epochs, **self._options)
 
     def _by_target(self, values: np.ndarray) -> pd.DataFrame:
         import pandas as pd

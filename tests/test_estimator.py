@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from smslib import estimator
 from smslib.estimator import SMS
+from smslib.train import History
 
 N_GENES = 12
 SETUP = {"perturbation_key": "target", "control": "none"}
@@ -61,6 +63,29 @@ def test_training_improves_the_elbo():
     assert history["validation_elbo"].max() > history["validation_elbo"].iloc[0] + 1
 
 
+def test_latents_take_the_condition_into_account(fitted):
+    relabelled = make_adata()
+    relabelled.obs["target"] = relabelled.obs["target"].map({"none": "a", "a": "none", "b": "b"})
+    SMS.setup_anndata(relabelled, **SETUP)
+    other = make_model(relabelled)
+    other.module, other.history = fitted.module, fitted.history
+    before, after = (front.get_latent_representation() for front in (fitted, other))
+    expected = fitted.module.prior().mean.detach().numpy()
+    assert np.abs(expected[1] - expected[0]).max() > 1e-3
+    np.testing.assert_allclose(after[40:], before[40:], atol=1e-5)
+    assert np.abs(after[:40] - before[:40]).max() > 1e-4
+
+
+def test_fewer_epochs_have_a_shorter_warm_up(monkeypatch):
+    used = []
+    monkeypatch.setattr(estimator, "fit", lambda *args, **_: used.append(args[2]) or History())
+    for epochs in (None, 20):
+        make_model().train(epochs=epochs)
+    shares = [config.warmup_epochs / config.epochs for config in used]
+    assert used[0].epochs > used[1].epochs == 20
+    np.testing.assert_allclose(shares, 0.3, atol=0.01)
+
+
 def test_the_split_is_stratified_and_keeps_every_cell():
     model = make_model()
     assert len(model._train) + len(model._validation) == 60
@@ -76,8 +101,9 @@ def test_counts_may_be_in_a_layer():
 
 
 @pytest.mark.parametrize("method", ["vae", "ivae", "svae"])
-def test_other_methods_and_recipes(method):
-    model = make_model(method=method, recipe="paper")
+@pytest.mark.parametrize("recipe", ["paper", "corrected"])
+def test_other_methods_and_recipes(method, recipe):
+    model = make_model(method=method, recipe=recipe)
     model.train(epochs=1, progress=False)
     assert np.isfinite(model.get_elbo())
 
@@ -112,6 +138,10 @@ def test_adata_must_be_set_up():
 def test_setup_refuses_what_the_door_refuses():
     with pytest.raises(ValueError, match="control 'ctrl' is not among the conditions"):
         SMS.setup_anndata(make_adata(), perturbation_key="target", control="ctrl")
+    unlabelled = make_adata()
+    unlabelled.obs.loc["cell3", "target"] = None
+    with pytest.raises(ValueError, match=r"1 missing labels, first in cell 'cell3'; drop these"):
+        SMS.setup_anndata(unlabelled, **SETUP)
     with pytest.raises(KeyError, match=r"perturbation_key 'targt' .* nearest known: \['target'\]"):
         SMS.setup_anndata(make_adata(), perturbation_key="targt", control="none")
 

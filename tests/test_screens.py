@@ -6,10 +6,10 @@ import pytest
 import torch
 from anndata import AnnData
 
-from smslib import perturbseq, screens, store, sweep
+from smslib import perturbseq, recipes, screens, store, sweep
 from smslib.data import Cells, Design, split_cells
 from smslib.model import SMSVAE
-from smslib.train import TrainConfig, fit
+from smslib.train import History, TrainConfig, fit
 
 TARGETS = sorted([*screens.PATHWAY, *screens.nulls()])
 N_GENES, N_EACH = 12, 20
@@ -93,6 +93,23 @@ def test_own_cells_teach_a_better_shift_than_foreign_ones():
     assert list(scores) == ["none", "own", "foreign"]
     assert scores["own"].shape == (30,)
     assert scores["own"].mean() > scores["none"].mean() > scores["foreign"].mean()
+
+
+def test_a_short_fit_keeps_the_recipe_and_shortens_its_schedule(monkeypatch):
+    used = {}
+    monkeypatch.setattr(
+        screens, "fit", lambda *args, **data: used.update(config=args[2], **data) or History()
+    )
+    cells = Cells(torch.ones(200, 3), torch.arange(200) % 2)
+    design = Design.single_target(["a"])
+    model, _ = screens.fit_screen(cells, design, epochs=20, seed=3)
+    config, (_, ours) = used["config"], recipes.build(cells, design)
+    assert (config.epochs, config.warmup_epochs, config.seed) == (20, 6, 3)
+    assert (config.learning_rate, config.schedule) == (ours.learning_rate, "cosine")
+    assert len(used["validation"]) == 20
+    assert model.newton
+    assert config.encoder_share < 1
+    assert model.prior.gate.alpha == 1.0  # one target
 
 
 # ---------------------------------------------------------------- the study
