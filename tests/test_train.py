@@ -4,11 +4,12 @@ import copy
 import math
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 
 from smslib import train
-from smslib.data import Cells, Design
+from smslib.data import Cells, Design, seeded
 from smslib.evaluate import elbo
 from smslib.model import SMSVAE, Terms
 from smslib.train import TrainConfig, fit, objective
@@ -108,11 +109,17 @@ def test_cells_are_left_alone():
 # ------------------------------------------------------------------------------- the result
 
 
-def test_fitting_raises_the_elbo():
-    model = make_model()
+@pytest.mark.parametrize(
+    ("newton", "changes", "least"),  # the steps leave less to gain
+    [(False, {}, 1.0), (True, {"optimizer": "muon", "encoder_share": 0.5}, 0.3)],
+    ids=["adam", "newton and muon"],
+)
+def test_fitting_raises_the_elbo(newton, changes, least):
+    model = make_model(newton=newton)
     before = elbo(model, OTHERS).mean()
-    _, history = trained(replace(QUICK, epochs=20), model=model, validation=OTHERS)
-    assert elbo(model, OTHERS).mean() > before + 1
+    config = replace(QUICK, epochs=20, **changes)
+    _, history = trained(config, model=model, validation=OTHERS)
+    assert elbo(model, OTHERS).mean() > before + least
     assert not model.training
     assert history.best_epoch is not None
 
@@ -202,16 +209,25 @@ def test_the_penalty_can_be_at_full_weight_from_the_start(monkeypatch):
     assert {k["n_cells"] for _, k in calls} == {64}
 
 
-def rates(monkeypatch, schedule):
-    seen = []
+def rates(monkeypatch, schedule, *, optimizer="adam"):
+    """Return the rate of every step of Adam, or of the optimizer named."""
+    seen, name = [], optimizer.capitalize()
 
-    class Spy(torch.optim.Adam):
+    class Spy(getattr(torch.optim, name)):
         def step(self, *args, **kwargs):
             seen.append(self.param_groups[0]["lr"])
             return super().step(*args, **kwargs)
 
-    monkeypatch.setattr(torch.optim, "Adam", Spy)
-    trained(replace(QUICK, schedule=schedule, learning_rate=0.01))
+    monkeypatch.setattr(torch.optim, name, Spy)
+    trained(
+        replace(
+            QUICK,
+            schedule=schedule,
+            learning_rate=0.01,
+            muon_learning_rate=0.04,
+            optimizer=optimizer,
+        )
+    )
     return seen
 
 
@@ -223,8 +239,29 @@ def test_cosine_schedule_falls_from_the_learning_rate_to_nothing(monkeypatch):
     assert seen[-1] < 0.01 * 0.01
 
 
-def test_constant_schedule_is_constant(monkeypatch):
-    assert set(rates(monkeypatch, "constant")) == {0.01}
+def test_muon_follows_the_same_cosine_from_its_own_rate(monkeypatch):
+    seen = rates(monkeypatch, "cosine", optimizer="muon")
+    expected = [0.02 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+    assert seen == pytest.approx(expected)
+
+
+def test_beside_muon_adam_keeps_its_rate(monkeypatch):
+    seen = []
+    original = torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    trained(replace(QUICK, optimizer="muon", learning_rate=0.01))
+    expected = [0.005 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+    assert seen == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 0.01), ("muon", 0.04)])
+def test_constant_schedule_is_constant(monkeypatch, optimizer, rate):
+    assert set(rates(monkeypatch, "constant", optimizer=optimizer)) == {rate}
 
 
 def test_adam_does_not_see_the_scale_of_the_loss_unless_eps_is_large():
@@ -234,6 +271,159 @@ def test_adam_does_not_see_the_scale_of_the_loss_unless_eps_is_large():
     released = replace(QUICK, adam_eps=0.01)
     per_cell, screen = (trained(replace(released, loss_scale=s))[0] for s in ("cell", "screen"))
     assert not torch.allclose(weights(per_cell), weights(screen), rtol=1e-3, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------- optimisers
+
+
+def whole_batch(config):
+    """One epoch of one step on all the cells."""
+    return replace(config, epochs=1, batch_size=len(CELLS), keep="last")
+
+
+def stepped_by_hand(model, config, *, frozen=()):
+    """Return the parameters after one step of torch's optimisers, the matrices by Muon."""
+    model = copy.deepcopy(model)
+    order = torch.randperm(len(CELLS), generator=torch.Generator().manual_seed(config.seed))
+    with seeded(config.seed):
+        terms = model(CELLS[order])
+    elbo = (terms.reconstruction - terms.kl).mean() - terms.penalty / len(CELLS)
+    (-elbo).backward()
+    moving = {name: p for name, p in model.named_parameters() if name not in frozen}
+    matrices = [p for name, p in moving.items() if name.endswith(".weight")]
+    rest = [p for name, p in moving.items() if not name.endswith(".weight")]
+    decay = config.weight_decay
+    torch.optim.Adam(rest, lr=config.learning_rate, weight_decay=decay).step()
+    if matrices:
+        rate = config.muon_learning_rate
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay).step()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_moves_the_matrices_and_adam_everything_else(weight_decay):
+    config = replace(whole_batch(QUICK), optimizer="muon", weight_decay=weight_decay)
+    model = make_model()
+    expected = stepped_by_hand(model, config)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    trained(config, model=model)
+    for name, value in model.named_parameters():
+        assert not torch.equal(value, before[name]), name
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_a_matrix_moves_along_its_leading_singular_vectors_alike():
+    """Muon brings the singular values of a gradient to about one (Jordan et al. 2024)."""
+    config = replace(whole_batch(QUICK), optimizer="muon", muon_learning_rate=0.05)
+    model = make_model()
+    before = model.genes.weight.detach().clone()
+    trained(config, model=model)
+    values = torch.linalg.svdvals((model.genes.weight.detach() - before) / 0.05)
+    assert values[3] > 0.5
+    assert values[0] < 1.3
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_what_is_frozen_is_left_alone(optimizer, weight_decay):
+    model = make_model()
+    model.requires_grad_(False)
+    model.prior.slab.mean.requires_grad_(True)
+    model.encoder[0].weight.requires_grad_(True)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    config = replace(QUICK, optimizer=optimizer, weight_decay=weight_decay, keep="last")
+    trained(config, model=model)
+    moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
+    assert moved == {"prior.slab.mean", "encoder.0.weight"}
+
+
+def test_muon_without_a_matrix_to_move_is_adam():
+    """As in the adaptation of a model to new perturbations by gradients."""
+    moved = []
+    for optimizer in ("adam", "muon"):
+        model = make_model()
+        model.requires_grad_(False)
+        model.prior.slab.mean.requires_grad_(True)
+        trained(replace(QUICK, optimizer=optimizer), model=model)
+        moved.append(weights(model))
+    assert torch.equal(*moved)
+
+
+# ------------------------------------------------------------------ the encoder's share of it
+
+
+def inference_by_epoch(monkeypatch, *, newton=True, **changes):
+    """Return whether the model took steps, epoch by epoch, in training and in validation."""
+    seen = {"_epoch": [], "_validate": []}
+
+    def watched(name):
+        original = getattr(train, name)
+
+        def spy(model, *args):
+            seen[name].append(model.newton)
+            return original(model, *args)
+
+        return spy
+
+    for name in seen:
+        monkeypatch.setattr(train, name, watched(name))
+    model = make_model(newton=newton)
+    trained(replace(QUICK, **changes), model=model, validation=OTHERS)
+    assert model.newton == newton
+    assert seen["_epoch"] == seen["_validate"]
+    return seen["_epoch"]
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "without"),
+    [(0.0, 4, 0), (0.5, 4, 2), (0.5, 5, 3), (0.1, 4, 1), (1.0, 4, 3), (0.5, 1, 0)],
+)
+def test_the_steps_begin_after_the_encoders_share(monkeypatch, share, epochs, without):
+    seen = inference_by_epoch(monkeypatch, encoder_share=share, epochs=epochs)
+    assert seen == [False] * without + [True] * (epochs - without)
+
+
+def test_a_model_without_steps_never_takes_any(monkeypatch):
+    assert inference_by_epoch(monkeypatch, newton=False, encoder_share=0.5) == [False] * 4
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, KeyboardInterrupt])
+def test_the_steps_come_back_after_a_fit_that_broke(monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(train, "_epoch", broken)
+    model = make_model(newton=True)
+    with pytest.raises(error):
+        trained(replace(QUICK, encoder_share=0.5), model=model)
+    assert model.newton
+
+
+def falling_elbo(monkeypatch):
+    """Let every epoch be worse than the one before."""
+    validation_elbo = iter(range(0, -100, -1))
+    monkeypatch.setattr(
+        train, "_validate", lambda *_: {"validation_elbo": float(next(validation_elbo))}
+    )
+
+
+def test_the_best_weights_are_sought_among_those_that_were_judged_with_steps(monkeypatch):
+    falling_elbo(monkeypatch)
+    config = replace(QUICK, epochs=6, encoder_share=0.5)
+    kept, history = trained(config, model=make_model(newton=True), validation=OTHERS)
+    assert history.best_epoch == 3
+    last = replace(config, keep="last")
+    falling_elbo(monkeypatch)
+    other, history = trained(last, model=make_model(newton=True), validation=OTHERS)
+    assert history.best_epoch == 3
+    assert not torch.equal(weights(kept), weights(other))
+
+
+def test_patience_begins_with_the_steps(monkeypatch):
+    falling_elbo(monkeypatch)
+    config = replace(QUICK, epochs=8, encoder_share=0.5, patience=2)
+    _, history = trained(config, model=make_model(newton=True), validation=OTHERS)
+    assert len(history.rows) == 4 + 1 + 2
 
 
 def test_a_gradient_clipped_to_nothing_moves_nothing():
@@ -254,6 +444,26 @@ def test_no_bar_where_nobody_watches(capfd):
 
 
 # ----------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"optimizer": "sgd"}, r"optimizer is 'sgd'; expected one of \('adam', 'muon'\)"),
+        ({"schedule": "linear"}, r"schedule is 'linear'; expected one of \('cosine', 'constant'"),
+        ({"loss_scale": "batch"}, r"loss_scale is 'batch'; expected one of \('cell', 'screen'"),
+        ({"keep": "first"}, r"keep is 'first'; expected one of \('best', 'last'"),
+        ({"encoder_share": 1.5}, "encoder_share is 1.5; expected a share of the epochs, 0 to 1"),
+        ({"encoder_share": -0.1}, "encoder_share is -0.1; expected a share"),
+    ],
+    ids=str,
+)
+def test_unknown_choices_are_refused_before_any_fit(option, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**option)
+    with pytest.raises(ValueError, match=message):
+        replace(QUICK, **option)
 
 
 def test_counts_that_are_not_finite_are_refused():
