@@ -1,6 +1,13 @@
-"""The two recipes: the released one setting by setting, ours by where it puts its thresholds."""
+"""The recipes: the released one setting by setting, the others change by change.
+
+Ours is also judged by where it puts its thresholds.
+"""
 
 import math
+import re
+from dataclasses import replace
+from types import MappingProxyType
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -101,7 +108,182 @@ def test_released_penalty_of_svae_plus_is_the_log_beta_density():
     assert float(model.prior.penalty().detach()) == pytest.approx(-density.sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("n_each", [2, 400])
+def test_released_training_is_as_long_whatever_the_screen(n_each):
+    _, config = recipes.build(make_cells(n_each), DESIGN, recipe="paper", n_latent=N_LATENT)
+    assert (config.batch_size, config.epochs, config.warmup_epochs) == (128, 300, 50)
+    _, short = build("svae+", "paper", epochs=20)
+    assert (short.epochs, short.warmup_epochs) == (20, 50)
+
+
+def test_the_default_sparsity_of_the_released_recipe_is_the_largest_of_its_grid():
+    plus, _ = build("svae+", "paper")
+    assert plus.prior.gate.alpha == 100.0
+    mine, _ = build("svae", "paper")
+    chosen, _ = build("svae", "paper", sparsity=100.0)
+    assert mine.prior.penalty() == chosen.prior.penalty()
+
+
+# ---------------------------------------------------------------- corrected, change by change
+
+# What each change may touch, and to what; ANY is a number that was tuned.
+TOUCHED = {
+    "loss-scale": {"equal_scale": True},
+    "open-ivae": {"open_ivae": True},
+    "best-weights": {"train.keep": "best"},
+    "closed-form-gates": {"network.estimator": "expected"},
+    "no-norm": {"network.norm": "none", "network.dropout": 0.0},
+    "leaky": {"network.activation": "leaky_relu"},
+    "standardise": {"standardise": True},
+    "training": {
+        "steps": ANY,
+        "train.learning_rate": ANY,
+        "train.schedule": "cosine",
+        "train.adam_eps": 1e-8,
+        "train.weight_decay": 0.0,
+        "train.patience": None,
+        "train.optimizer": "muon",
+    },
+    "networks": {"network.n_layers_decoder": ANY, "network.n_hidden_encoder": ANY},
+    "newton": {"network.newton": True, "train.encoder_share": ANY},
+    "alpha-per-cell": {"sparsity": "cells"},
+}
+
+
+def flat(recipe):
+    """All settings of a recipe under dotted names."""
+    settings = {**vars(recipe), "network": dict(recipe.network), "train": vars(recipe.train)}
+    parts = {name: settings.pop(name) for name in ("network", "train")}
+    nested = {f"{part}.{key}": v for part, values in parts.items() for key, v in values.items()}
+    return settings | nested
+
+
+def differences(recipe, base):
+    """What a recipe sets otherwise than its base."""
+    ours, theirs = flat(recipe), flat(base)
+    assert theirs.keys() <= ours.keys()
+    return {name: v for name, v in ours.items() if name not in theirs or v != theirs[name]}
+
+
+@pytest.mark.parametrize("change", recipes.CHANGES)
+def test_a_change_changes_what_its_name_says_and_nothing_else(change):
+    paper = recipes.RECIPES["paper"]
+    before = flat(paper)
+    assert differences(recipes.CHANGES[change](paper), paper) == TOUCHED[change]
+    assert flat(paper) == before
+
+
+def test_corrected_is_the_released_recipe_with_three_slips_mended():
+    corrected, paper = recipes.RECIPES["corrected"], recipes.RECIPES["paper"]
+    assert differences(corrected, paper) == {
+        "equal_scale": True,
+        "open_ivae": True,
+        "train.keep": "best",
+    }
+
+
+def test_ours_is_the_released_recipe_with_every_change_made():
+    everything = {}
+    for touched in TOUCHED.values():
+        everything |= touched
+    assert differences(recipes.RECIPES["smslib"], recipes.RECIPES["paper"]) == everything
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_changes_one_by_one_arrive_at_our_recipe(method):
+    ours, config = build(method, "smslib")
+    changed, same = build(method, "paper", changes=tuple(recipes.CHANGES))
+    assert config == same
+    assert ours.options == changed.options
+    assert (ours.newton, ours.estimator) == (changed.newton, changed.estimator)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, changed.state_dict()[name]), name
+
+
+def test_changes_are_made_in_the_order_given(monkeypatch):
+    changes = {
+        "five": lambda recipe: recipe.with_train(epochs=5),
+        "twice": lambda recipe: recipe.with_train(epochs=2 * recipe.train.epochs),
+    }
+    monkeypatch.setattr(recipes, "CHANGES", MappingProxyType(changes))
+    assert build("vae", "paper", changes=["five", "twice"])[1].epochs == 10
+    assert build("vae", "paper", changes=["twice", "five"])[1].epochs == 5
+
+
+def test_a_recipe_of_ones_own_is_taken_as_it_is():
+    mine = replace(recipes.RECIPES["paper"], sparsity="cells").with_train(epochs=5)
+    model, config = build("svae+", mine)
+    assert config.epochs == 5
+    assert model.prior.gate.alpha == pytest.approx(0.45 * 50)
+    assert modules(model, nn.BatchNorm1d)
+    assert recipes.RECIPES["paper"].train.epochs == 300
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_corrected_losses_are_all_on_one_scale(method):
+    _, config = build(method, "corrected")
+    assert (config.loss_scale, config.keep) == ("screen", "best")
+    assert (config.adam_eps, config.warmup_epochs, config.epochs) == (0.01, 50, 300)
+
+
+def test_corrected_ivae_has_every_gate_open():
+    model, _ = build("ivae", "corrected")
+    assert type(model.prior.gate) is OpenGate
+    assert torch.equal(model.prior.gate(), torch.ones(4, N_LATENT))
+
+
 # ---------------------------------------------------------------- ours
+
+
+def test_the_encoder_sees_standardised_counts_in_our_recipe_only():
+    counts = torch.poisson(torch.full((250, N_GENES), 5.0), torch.Generator().manual_seed(0))
+    cells = Cells(counts, make_cells().condition)
+    models = {r: recipes.build(cells, DESIGN, recipe=r)[0] for r in recipes.RECIPES}
+    torch.testing.assert_close(models["smslib"].centre, (1 + counts).log().mean(0))
+    torch.testing.assert_close(models["smslib"].spread, (1 + counts).log().std(0, correction=0))
+    for recipe in ("paper", "corrected"):
+        assert torch.equal(models[recipe].centre, torch.zeros(N_GENES))
+        assert torch.equal(models[recipe].spread, torch.ones(N_GENES))
+
+
+def test_steps_of_inference_are_taken_in_our_recipe_only():
+    assert {name: build("vae", name)[0].newton for name in recipes.RECIPES} == {
+        "paper": False,
+        "corrected": False,
+        "smslib": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("n_each", "batch_size"),
+    [(2, 128), (20, 128), (1792, 128), (2800, 200), (7168, 512), (10_000, 512)],
+)
+def test_our_training_takes_as_many_steps_whatever_the_screen(n_each, batch_size):
+    n_cells, steps = 5 * n_each, recipes.RECIPES["smslib"].steps
+    _, config = recipes.build(make_cells(n_each), DESIGN, method="vae", n_latent=N_LATENT)
+    assert config.batch_size == batch_size
+    per_epoch = max(1.0, n_cells / batch_size)
+    assert steps <= config.epochs * per_epoch < steps + per_epoch
+    assert 0 <= config.warmup_epochs - 0.3 * config.epochs < 1
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 1), (10, 3), (7, 3), (100, 30)])
+def test_epochs_of_ones_own_keep_the_warm_up_in_proportion(epochs, warmup):
+    _, config = build("svae+", "smslib", epochs=epochs)
+    assert (config.epochs, config.warmup_epochs, config.batch_size) == (epochs, warmup, 128)
+
+
+@pytest.mark.parametrize("beta", [0.0, 8.0, 30.0])
+def test_beta_is_that_of_beta_vae(beta):
+    assert build("beta-vae", "smslib", beta=beta)[1].beta == beta
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"beta-vae"}))
+def test_beta_of_another_method_is_refused(method):
+    with pytest.raises(
+        ValueError, match=rf"beta is 8.0, but '{re.escape(method)}' has none; leave"
+    ):
+        build(method, "smslib", beta=8.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -181,6 +363,15 @@ def test_unknown_names_are_refused_with_the_known_ones():
     for recipe in recipes.RECIPES:
         with pytest.raises(ValueError, match="unknown method 'gan'; expected one of"):
             build("gan", recipe)
+    with pytest.raises(
+        ValueError, match=r"unknown change 'muon'; expected some of \['loss-scale', 'open-ivae'"
+    ):
+        build("svae+", "paper", changes=["leaky", "muon"])
+
+
+def test_a_change_that_needs_another_says_so():
+    with pytest.raises(ValueError, match="newton=True with norm='batch'.*norm='none'"):
+        build("svae+", "paper", changes=["newton"])
 
 
 def test_sparsity_of_a_method_without_gates_is_refused():
