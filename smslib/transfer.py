@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["adapt", "binarise", "extend", "protocol"]
 
-# The passes shrink the distance to the optimum by the prior's share of the posterior's precision.
+# A pass shrinks the distance to the optimum by the prior's share of the posterior's precision: few
+# are enough where the counts say much about a latent, and where they say little the ELBO is flat.
 _MOST_PASSES, _CLOSE_ENOUGH = 20, 1e-3
 
 
@@ -111,8 +112,10 @@ def adapt(
     Raises
     ------
     ValueError
-        If a new condition has no cells, or is not a single target of its own.
+        If a new condition has no cells, or is not a single target of its own; if ``how`` is
+        unknown; or for ``drift`` without gradients.
     """
+    _check_how(how, drift=drift)
     larger = extend(model, design)
     new = range(model.prior.design.n_conditions, design.n_conditions)
     _check_new(cells, design, new, n_known=model.prior.design.n_targets)
@@ -166,7 +169,13 @@ def protocol(
     stages : DataFrame
         Per stage ("trained", "binarised", "refitted", "adapted") and held-out condition: mean ELBO
         and IWELBO in nats per cell, higher is better, with standard error and cells.
+
+    Raises
+    ------
+    ValueError
+        As in `adapt`.
     """
+    _check_how(how, drift=drift)
     binary = binarise(model)
     refitted = copy.deepcopy(binary)
     fit(refitted, train, replace(config, warmup_epochs=1), validation=validation)
@@ -218,6 +227,16 @@ def _adapt_by_gradient(
     released = TrainConfig(learning_rate=5e-3, schedule="constant", warmup_epochs=0)
     fit(model, cells, config or released)
     return model
+
+
+def _check_how(how: str, *, drift: bool) -> None:
+    if how not in ("closed-form", "gradient"):
+        raise ValueError(f"how is {how!r}; expected 'closed-form' or 'gradient'")
+    if drift and how == "closed-form":
+        raise ValueError(
+            "drift=True with how='closed-form', which moves no running statistics; leave it out "
+            "or use how='gradient'"
+        )
 
 
 def _check_new(cells: Cells, design: Design, new: range, *, n_known: int) -> None:
