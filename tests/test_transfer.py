@@ -2,14 +2,16 @@
 
 import copy
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+from scipy import optimize
 
-from smslib import simulate
+from smslib import simulate, transfer
 from smslib.data import Cells, Design, split_cells
 from smslib.distributions import kl_to_shifted_normal
-from smslib.evaluate import iwelbo, latents
+from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
 from smslib.train import TrainConfig, fit
 from smslib.transfer import adapt, binarise, extend, protocol
@@ -142,6 +144,130 @@ def test_dropout_and_batch_norm_bias_the_released_way():
     assert kl_of(closed, cells) < kl_of(descended, cells)
 
 
+# ---------------------------------------------------------------- adapt: with steps of inference
+
+
+def split_screen(n_latent):
+    """Cells and design of six targets, and cells of two held-out ones labelled by DESIGN_8."""
+    screen = simulate.sparse_shift(
+        n_cells_per_condition=40, n_targets=8, n_latent=n_latent, n_genes=40, seed=0
+    )
+    trained = simulate.restrict(screen, screen.design.conditions[1:7])
+    held = screen.cells.of(torch.tensor([7, 8]))
+    return trained, held, trained.design.extend(["7", "8"])
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["1 latent", "3 latents"])
+def stepping(request):
+    """A fitted model whose posterior means take Gauss-Newton steps, and its held-out cells."""
+    n_latent = request.param
+    screen, held, design = split_screen(n_latent)
+    model = SMSVAE.preset(
+        "svae+", screen.design, 40, n_latent=n_latent, n_hidden=16, sparsity=3.0, newton=True
+    )
+    fit(model, screen.cells, TrainConfig(epochs=60, batch_size=60, learning_rate=1e-2))
+    return model.double(), Cells(held.counts.double(), held.condition), design
+
+
+def by_target(values, held):
+    """Mean over the cells of each held-out condition."""
+    return np.stack([values[(held.condition == row).numpy()].mean(0) for row in (7, 8)])
+
+
+def test_with_steps_a_shift_is_the_mean_of_the_codes_it_implies(stepping):
+    model, held, design = stepping
+    adapted = adapt(model, held, design=design)
+    shifts = adapted.prior.slab().detach().numpy()[6:]
+    np.testing.assert_allclose(by_target(latents(adapted, held), held), shifts, atol=1e-2)
+    # One pass would not do: the codes of an unknown target are drawn towards zero.
+    once = by_target(latents(extend(model, design), held), held)
+    assert np.abs(once - shifts).max() > 0.1
+
+
+def without_kinks(model):
+    """Put every rectifier of the decoder on its upper side, and make q all but certain."""
+    with torch.no_grad():
+        for layer in model.decoder[::2]:
+            layer.bias.fill_(30.0)
+        model.genes.weight.mul_(4.0)
+        model.log_theta.fill_(1.0)
+        model.posterior.weight[N_LATENT:] = 0.0
+        model.posterior.bias[N_LATENT:] = -20.0
+        rate = model.genes(model.decoder(torch.zeros(1, N_LATENT, dtype=torch.float64)))
+        model.genes.bias.sub_(rate[0])
+    return model
+
+
+def test_with_steps_a_shift_is_where_scipy_finds_the_largest_elbo():
+    """Latent by latent, of a decoder for which a mode is where the gradient vanishes."""
+    cells = Cells(50 * NEW.counts, NEW.condition)
+    adapted = adapt(without_kinks(make_model(newton=True)), cells, design=LARGER)
+    target, mine = 2, cells.of(torch.tensor([3]))
+    shift = adapted.prior.slab().detach()[target].clone()
+    assert shift.abs().max() > 0.1
+
+    def loss(value, latent):
+        with torch.no_grad():
+            adapted.prior.slab.mean[target] = shift
+            adapted.prior.slab.mean[target, latent] = value
+        return -float(elbo(adapted, mine).mean())
+
+    for latent, here in enumerate(shift.tolist()):
+        bounds = (here - 1, here + 1)
+        best = optimize.minimize_scalar(loss, args=(latent,), bounds=bounds, method="bounded")
+        assert best.x == pytest.approx(here, abs=0.02)
+        assert loss(here + 0.5, latent) > best.fun + 0.01
+
+
+def test_with_steps_adapting_changes_nothing_that_was_known(stepping):
+    model, held, design = stepping
+    before = copy.deepcopy(model.state_dict())
+    adapted = adapt(model, held, design=design)
+    assert adapted.newton
+    assert same(before, model.state_dict())
+    assert same(networks(model), networks(adapted))
+    assert torch.equal(adapted.prior.mode()[:7], model.prior.mode())
+    known = Cells(held.counts, held.condition - 3)
+    np.testing.assert_allclose(
+        latents(adapted, known), latents(binarise(model), known), atol=1e-12
+    )
+
+
+def test_with_steps_a_vae_still_has_nothing_to_learn():
+    model = make_model("vae", newton=True)
+    adapted = adapt(model, NEW, design=LARGER)
+    assert torch.equal(adapted.prior.mode(), torch.zeros(5, N_LATENT, dtype=torch.float64))
+    assert same(networks(model), networks(adapted))
+    old = Cells(NEW.counts, NEW.condition - 2)
+    np.testing.assert_array_equal(latents(adapted, NEW), latents(model, old))
+
+
+# ---------------------------------------------------------------- adapt: drift
+
+
+def statistics(network):
+    return {name: v for name, v in network.state_dict().items() if "running" in name}
+
+
+@pytest.mark.parametrize("drift", [True, False])
+def test_drift_moves_the_running_statistics_of_the_encoder_alone(drift):
+    model = make_model(dtype=torch.float32, norm="batch")
+    cells = make_cells([3, 4], dtype=torch.float32)
+    short = TrainConfig(epochs=3, warmup_epochs=0, batch_size=20)
+    adapted = adapt(model, cells, design=LARGER, how="gradient", config=short, drift=drift)
+    assert same(statistics(model.decoder), statistics(adapted.decoder))
+    assert same(dict(model.encoder.named_parameters()), dict(adapted.encoder.named_parameters()))
+    before, after = statistics(model.encoder), statistics(adapted.encoder)
+    assert len(before) == 4
+    if not drift:
+        assert same(before, after)
+        return
+    # Two batches an epoch, and each moves the mean by .01 of its own (torch's momentum).
+    hidden = model.encoder[0](cells.counts.log1p()).detach()
+    expected = (1 - 0.99**6) * hidden.mean(0)
+    torch.testing.assert_close(after["1.running_mean"], expected, rtol=0.05, atol=2e-3)
+
+
 # ---------------------------------------------------------------- leakage
 
 
@@ -176,6 +302,27 @@ def test_a_model_without_shifts_has_nothing_to_learn():
 
 
 # ---------------------------------------------------------------- errors
+
+
+def refused(call, monkeypatch, **options):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
+    if call is adapt:
+        return adapt(make_model(), NEW, design=LARGER, **options)
+    cells = {"validation": None, "adaptation": NEW, "scoring": NEW}
+    # No training cells and no configuration: refused before anything is fitted.
+    return protocol(make_model(), None, config=None, design=LARGER, **cells, **options)
+
+
+@pytest.mark.parametrize("call", [adapt, protocol])
+def test_an_unknown_way_is_refused(call, monkeypatch):
+    with pytest.raises(ValueError, match="how is 'newton'; expected 'closed-form' or 'gradient'"):
+        refused(call, monkeypatch, how="newton")
+
+
+@pytest.mark.parametrize("call", [adapt, protocol])
+def test_drift_of_the_closed_form_is_refused(call, monkeypatch):
+    with pytest.raises(ValueError, match="drift=True with how='closed-form'.*or use how='grad"):
+        refused(call, monkeypatch, drift=True)
 
 
 def test_a_new_condition_without_cells_is_named():
@@ -252,3 +399,28 @@ def test_refitting_moves_the_networks_but_not_the_graph(stages):
     model, adapted, _, _ = stages
     assert torch.equal(adapted.prior.graph()[:6], model.prior.graph())
     assert not same(networks(model), networks(adapted))
+
+
+def test_the_protocol_adapts_as_it_is_told(monkeypatch):
+    told = {}
+
+    def spy(model, cells, **options):
+        told.update(options, cells=cells)
+        return extend(model, options["design"])
+
+    monkeypatch.setattr(transfer, "adapt", spy)
+    screen, held, design = split_screen(3)
+    model = SMSVAE.preset("svae+", screen.design, 40, n_latent=3, n_hidden=8)
+    protocol(
+        model,
+        screen.cells,
+        config=TrainConfig(epochs=1),
+        validation=None,
+        adaptation=held,
+        scoring=held,
+        design=design,
+        n_draws=2,
+        how="gradient",
+        drift=True,
+    )
+    assert told == {"design": design, "cells": held, "how": "gradient", "drift": True}
