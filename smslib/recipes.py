@@ -91,13 +91,14 @@ _PAPER = Recipe(
 
 
 def _our_training(recipe: Recipe) -> Recipe:
-    return replace(recipe, steps=9000).with_train(
+    return replace(recipe, steps=7000).with_train(
         learning_rate=8e-3,
         schedule="cosine",
         adam_eps=1e-8,
         weight_decay=0.0,
         patience=None,
         optimizer="muon",
+        muon_weight_decay=0.1,
     )
 
 
@@ -113,7 +114,8 @@ CHANGES: Mapping[str, Callable[[Recipe], Recipe]] = MappingProxyType(
         "standardise": lambda recipe: replace(recipe, standardise=True),
         "training": _our_training,
         "networks": lambda recipe: recipe.with_network(n_layers_decoder=3, n_hidden_encoder=256),
-        "newton": lambda recipe: recipe.with_network(newton=True).with_train(encoder_share=0.5),
+        "newton": lambda recipe: recipe.with_network(newton=True).with_train(encoder_share=0.45),
+        "weighted": lambda recipe: recipe.with_train(n_draws=5, weighted_share=0.3),
         "alpha-per-cell": lambda recipe: replace(recipe, sparsity="cells"),
     }
 )

@@ -44,6 +44,8 @@ class TrainConfig:
         Muon (Jordan et al. 2024) for the networks' weight matrices, Adam for everything else.
     muon_learning_rate : float
         Of Muon, whose steps have the same size whatever the gradient.
+    muon_weight_decay : float
+        Of Muon, decoupled: weights shrink by this share of the learning rate at every step.
     schedule : {"cosine", "constant"}
         Cosine goes from ``learning_rate`` to zero over all the steps.
     adam_eps, weight_decay : float
@@ -62,6 +64,11 @@ class TrainConfig:
         Share of the epochs in which a model with Gauss-Newton inference is trained by its encoder
         alone: first the encoder has to find the neighbourhood from which a step leads to the mode.
         Best weights and patience begin after it; the last epoch always takes the steps.
+    n_draws : int
+        Draws of z per cell in the last epochs, which maximise the importance-weighted bound: the
+        true posterior is not Gaussian, and the ELBO would have the decoder make it so.
+    weighted_share : float
+        Share of the epochs that those are.
     patience : int, optional
         Epochs without a better validation ELBO after which the fit stops.
     keep : {"best", "last"}
@@ -82,6 +89,7 @@ class TrainConfig:
     learning_rate: float = 3e-3
     optimizer: Literal["adam", "muon"] = "adam"
     muon_learning_rate: float = 0.02
+    muon_weight_decay: float = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
@@ -90,6 +98,8 @@ class TrainConfig:
     warm_penalty: bool = True
     loss_scale: Literal["cell", "screen"] = "cell"
     encoder_share: float = 0.0
+    n_draws: int = 1
+    weighted_share: float = 0.0
     patience: int | None = None
     keep: Literal["best", "last"] = "best"
     max_grad_norm: float | None = None
@@ -192,7 +202,7 @@ def _loop(
         model.newton = newton and epoch >= first_with_steps
         row = {"epoch": epoch, **_epoch(model, cells, config, optimizer, order, epoch)}
         if validation is not None:
-            row |= _validate(model, validation, config)
+            row |= _validate(model, validation, config, epoch)
             if model.newton == newton:  # or the weights were judged by another inference
                 best.update(epoch, row["validation_elbo"], model)
         history.rows.append(row | {"seconds": time.perf_counter() - start})
@@ -219,12 +229,13 @@ def _epoch(
         "kl_weight": config.beta * warm,
         "penalty_weight": warm if config.warm_penalty else 1.0,
     }
+    n_draws = _draws(config, epoch)
     scale = n_cells if config.loss_scale == "screen" else 1
     seen = []
     batches = minibatches(cells, config.batch_size, generator=order, smallest=min(3, n_cells))
     for step, batch in enumerate(batches):
         optimizer.set_rate(epoch + step / n_steps)
-        terms = model(batch)
+        terms = model(batch, n_draws=n_draws)
         optimizer.zero_grad()
         (scale * objective(terms, n_cells=n_cells, **weights)).backward()
         if config.max_grad_norm is not None:
@@ -254,13 +265,15 @@ def _summary(steps: Float[Tensor, "step term"], epoch: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _validate(model: SMSVAE, validation: Cells, config: TrainConfig) -> dict[str, float]:
-    """Return the ELBO of the validation cells without the penalty, under the same draws always."""
+def _validate(
+    model: SMSVAE, validation: Cells, config: TrainConfig, epoch: int
+) -> dict[str, float]:
+    """Return the bound of the validation cells, without the penalty, always by the same draws."""
     model.eval()
     total = torch.zeros(2, device=validation.device)
     with seeded(config.seed):
         for batch in minibatches(validation, 1024):
-            terms = model(batch)
+            terms = model(batch, n_draws=_draws(config, epoch))
             total += torch.stack([terms.reconstruction.sum(), terms.kl.sum()])
     reconstruction, kl = (total / len(validation)).tolist()
     return {
@@ -268,6 +281,12 @@ def _validate(model: SMSVAE, validation: Cells, config: TrainConfig) -> dict[str
         "validation_kl": kl,
         "validation_elbo": reconstruction - kl,
     }
+
+
+def _draws(config: TrainConfig, epoch: int) -> int:
+    """Return the draws of z per cell in an epoch."""
+    weighted = epoch >= (1.0 - config.weighted_share) * config.epochs
+    return config.n_draws if weighted else 1
 
 
 class _Best:
@@ -311,7 +330,7 @@ class _Optimizer:
         )
         self.config, self.parts, self.rates = config, [adam], [config.learning_rate]
         if matrices:
-            rate, decay = config.muon_learning_rate, config.weight_decay
+            rate, decay = config.muon_learning_rate, config.muon_weight_decay
             self.parts.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay))
             self.rates.append(rate)
 
