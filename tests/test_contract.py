@@ -1,4 +1,7 @@
-"""What every method promises, whatever its slab and gate: one test for each row of METHODS."""
+"""What every method promises, whatever its slab and gate: one test for each row of METHODS.
+
+With and without Gauss-Newton steps of inference, where these could make a difference.
+"""
 
 from dataclasses import replace
 
@@ -22,6 +25,7 @@ SHIFTED = sorted(set(METHODS) - {"vae", "beta-vae"})
 
 every_method = pytest.mark.parametrize("method", sorted(METHODS))
 every_estimator = pytest.mark.parametrize("estimator", ["expected", "sampled"])
+either_inference = pytest.mark.parametrize("newton", [False, True], ids=["encoder", "newton"])
 
 
 def make_model(method, *, design=DESIGN, seed=0, **options):
@@ -48,8 +52,9 @@ def fitted(model, cells, **changes):
 
 @every_method
 @every_estimator
-def test_the_gradient_reaches_every_parameter(method, estimator):
-    model = make_model(method, estimator=estimator)
+@either_inference
+def test_the_gradient_reaches_every_parameter(method, estimator, newton):
+    model = make_model(method, estimator=estimator, newton=newton)
     with seeded(0):
         terms = model(make_cells())
     (terms.kl.sum() - terms.reconstruction.sum() + terms.penalty).backward()
@@ -60,8 +65,9 @@ def test_the_gradient_reaches_every_parameter(method, estimator):
 
 @every_method
 @every_estimator
-def test_terms_have_their_shapes_and_signs(method, estimator):
-    terms = make_model(method, estimator=estimator)(make_cells())
+@either_inference
+def test_terms_have_their_shapes_and_signs(method, estimator, newton):
+    terms = make_model(method, estimator=estimator, newton=newton)(make_cells())
     assert terms.reconstruction.shape == terms.kl.shape == (40,)
     assert terms.penalty.shape == ()
     assert terms.penalty.isfinite()
@@ -70,8 +76,9 @@ def test_terms_have_their_shapes_and_signs(method, estimator):
 
 
 @every_method
-def test_a_cell_is_judged_without_its_batch_mates(method):
-    model, cells = make_model(method, norm="batch", dropout=0.2), make_cells()
+@pytest.mark.parametrize("options", [{"norm": "batch", "dropout": 0.2}, {"newton": True}], ids=str)
+def test_a_cell_is_judged_without_its_batch_mates(method, options):
+    model, cells = make_model(method, **options), make_cells()
     together = iwelbo(model, cells, n_draws=20)
     alone = iwelbo(model, cells[:1], n_draws=20)
     assert alone[0] == pytest.approx(together[0], rel=1e-4)
@@ -79,8 +86,9 @@ def test_a_cell_is_judged_without_its_batch_mates(method):
 
 @every_method
 @every_estimator
-def test_saving_and_loading_changes_nothing(method, estimator, tmp_path):
-    model = fitted(make_model(method, estimator=estimator), make_cells())
+@either_inference
+def test_saving_and_loading_changes_nothing(method, estimator, newton, tmp_path):
+    model = fitted(make_model(method, estimator=estimator, newton=newton), make_cells())
     model.save(tmp_path)
     loaded = SMSVAE.load(tmp_path)
     assert (elbo(loaded, make_cells()) == elbo(model, make_cells())).all()
@@ -96,21 +104,39 @@ def test_the_representation_names_slab_and_gate(method):
 
 
 @every_method
-def test_one_seed_one_fit(method):
-    first, second = (fitted(make_model(method), make_cells()) for _ in range(2))
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@either_inference
+def test_one_seed_one_fit(method, optimizer, newton):
+    first, second = (
+        fitted(make_model(method, newton=newton), make_cells(), optimizer=optimizer)
+        for _ in range(2)
+    )
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("method", SHIFTED)
-def test_without_doses_the_networks_are_those_of_the_vae(method):
+@either_inference
+def test_without_doses_the_networks_are_those_of_the_vae(method, newton):
     """If nothing was done to any cell, methods must not differ in anything but their prior."""
     idle = Design(DESIGN.conditions, DESIGN.targets, torch.zeros_like(DESIGN.matrix))
-    vae, model = make_model("vae", design=idle), make_model(method, design=idle)
+    vae, model = (make_model(m, design=idle, newton=newton) for m in ("vae", method))
     model.load_state_dict(networks(vae), strict=False)
     expected = networks(fitted(vae, make_cells()))
     for name, value in networks(fitted(model, make_cells())).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@every_method
+@every_estimator
+def test_the_encoder_never_learns_the_condition(method, estimator):
+    """What a step adds to its guess is all that a relabelled cell may change."""
+    model = fitted(make_model(method, estimator=estimator, newton=True), make_cells())
+    cells = make_cells()
+    moved = Cells(cells.counts, (cells.condition + 1) % DESIGN.n_conditions)
+    q, other = model.infer(cells), model.infer(moved)
+    assert torch.equal(q.variance, other.variance)
+    assert torch.equal(q.mean, other.mean) == (method not in SHIFTED)
 
 
 @pytest.mark.parametrize("method", SHIFTED)
@@ -127,7 +153,8 @@ def test_with_doses_they_are_not(method):
 
 
 @every_method
-def test_names_of_conditions_and_targets_do_not_matter(method):
+@either_inference
+def test_names_of_conditions_and_targets_do_not_matter(method, newton):
     """Conditions and targets in another order: the same fit, in that order."""
     rows, columns = torch.tensor([0, 3, 4, 1, 2]), torch.tensor([2, 0, 1])
     design = Design(
@@ -137,7 +164,7 @@ def test_names_of_conditions_and_targets_do_not_matter(method):
     )
     cells = make_cells()
     moved = Cells(cells.counts, torch.argsort(rows)[cells.condition])
-    model, other = make_model(method), make_model(method, design=design)
+    model, other = (make_model(method, design=d, newton=newton) for d in (DESIGN, design))
     per_target = {"prior.slab.mean", "prior.slab.zero", "prior.gate.logit"}
     per_target |= {"prior.gate.probability"}
     state = model.state_dict()

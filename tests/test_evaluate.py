@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -189,8 +190,9 @@ def test_a_seed_decides_the_draws(score):
 
 
 @pytest.mark.parametrize("score", [elbo, iwelbo, latents])
-def test_model_cells_and_random_state_are_left_as_they_were(score):
-    model, screen = small(norm="batch")
+@pytest.mark.parametrize("options", [{"norm": "batch"}, {"newton": True}], ids=str)
+def test_model_cells_and_random_state_are_left_as_they_were(score, options):
+    model, screen = small(**options)
     model.encoder.eval()  # a mixed state, as in a model that is partly frozen
     before = copy.deepcopy(model.state_dict())
     modes = [part.training for part in model.modules()]
@@ -207,6 +209,46 @@ def test_the_model_is_back_in_training_after_an_error():
     with pytest.raises(RuntimeError, match="must match the size"):
         latents(model, wrong)
     assert model.training
+
+
+# ------------------------------------------------------------------------ steps of inference
+
+
+def test_with_steps_the_latents_are_the_inferred_means_of_evaluation():
+    model, screen = small(newton=True)
+    stepped = latents(model, screen.cells, batch_size=5)
+    assert model.training
+    model.eval()
+    expected = model.infer(screen.cells).mean.detach().numpy()
+    np.testing.assert_allclose(stepped, expected, atol=1e-10)
+    encoded = model.encode(screen.cells.counts).mean.detach().numpy()
+    assert np.abs(stepped - encoded).max() > 0.1
+
+
+def test_steps_bring_the_proposal_closer_to_the_posterior():
+    """Both bounds rise, and that of many draws by less: it was closer to the evidence."""
+    model, screen = small(newton=True)
+    with torch.no_grad():  # as wide as a posterior of these cells, rather than as the prior
+        model.posterior.bias[3:] = -2.0
+    gains = []
+    for score in (partial(elbo), partial(iwelbo, n_draws=500)):
+        model.newton = True
+        stepped = score(model, screen.cells).mean()
+        model.newton = False
+        gains.append(stepped - score(model, screen.cells).mean())
+    assert gains[0] > 1.0
+    assert gains[0] > gains[1] + 0.5
+    assert gains[1] > -0.1
+
+
+def test_steps_are_the_same_in_any_batch_on_any_thread():
+    model, screen = small(newton=True)
+    whole = iwelbo(model, screen.cells, n_draws=20)
+    parts = iwelbo(model, screen.cells, n_draws=20, batch_size=5)
+    np.testing.assert_allclose(parts, whole, rtol=1e-9)
+
+
+# -------------------------------------------------------------------------- what is returned
 
 
 def test_latents_are_posterior_means_whatever_the_batch():
