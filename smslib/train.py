@@ -50,7 +50,6 @@ class TrainConfig:
         Cosine goes from ``learning_rate`` to zero over all the steps.
     adam_eps, weight_decay : float
         Of Adam. The released code inherits 0.01 and 1e-6; with that eps Adam is not scale-free.
-        Muon's matrices shrink by the same ``weight_decay``, apart from their gradient.
     beta : float
         Weight of the KL term.
     warmup_epochs : int
@@ -66,7 +65,9 @@ class TrainConfig:
         Best weights and patience begin after it; the last epoch always takes the steps.
     n_draws : int
         Draws of z per cell in the last epochs, which maximise the importance-weighted bound: the
-        true posterior is not Gaussian, and the ELBO would have the decoder make it so.
+        true posterior is not Gaussian, and the ELBO would have the decoder make it so. The
+        history has that bound in the place of the ELBO from there on, and best weights and
+        patience begin with it.
     weighted_share : float
         Share of the epochs that those are.
     patience : int, optional
@@ -81,7 +82,7 @@ class TrainConfig:
     Raises
     ------
     ValueError
-        If a choice is none of those listed, or ``encoder_share`` is no share.
+        If a choice is none of those listed, a share is none, or there are no draws.
     """
 
     epochs: int = 300
@@ -110,10 +111,13 @@ class TrainConfig:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}")
-        if not 0.0 <= self.encoder_share <= 1.0:
-            raise ValueError(
-                f"encoder_share is {self.encoder_share}; expected a share of the epochs, 0 to 1"
-            )
+        for name in ("encoder_share", "weighted_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; expected a share of the epochs, 0 to 1"
+                )
+        if self.n_draws < 1:
+            raise ValueError(f"n_draws is {self.n_draws}; expected at least one draw per cell")
 
 
 @dataclass
@@ -195,6 +199,7 @@ def _loop(
     optimizer = _Optimizer(model, config)
     order = torch.Generator().manual_seed(config.seed)
     history, best, newton = History(), _Best(config), model.newton
+    n_draws = _draws(config, config.epochs - 1)
     first_with_steps = min(config.encoder_share * config.epochs, config.epochs - 1)
     bar = tqdm(range(config.epochs), disable=None if progress else True, leave=False, unit="epoch")
     for epoch in bar:
@@ -203,7 +208,8 @@ def _loop(
         row = {"epoch": epoch, **_epoch(model, cells, config, optimizer, order, epoch)}
         if validation is not None:
             row |= _validate(model, validation, config, epoch)
-            if model.newton == newton:  # or the weights were judged by another inference
+            if model.newton == newton and _draws(config, epoch) == n_draws:
+                # Other epochs were judged by another inference or another bound.
                 best.update(epoch, row["validation_elbo"], model)
         history.rows.append(row | {"seconds": time.perf_counter() - start})
         bar.set_postfix(elbo=f"{row.get('validation_elbo', row['elbo']):.2f}")

@@ -53,10 +53,11 @@ def fitted(model, cells, **changes):
 @every_method
 @every_estimator
 @either_inference
-def test_the_gradient_reaches_every_parameter(method, estimator, newton):
+@pytest.mark.parametrize("n_draws", [1, 3])
+def test_the_gradient_reaches_every_parameter(method, estimator, newton, n_draws):
     model = make_model(method, estimator=estimator, newton=newton)
     with seeded(0):
-        terms = model(make_cells())
+        terms = model(make_cells(), n_draws=n_draws)
     (terms.kl.sum() - terms.reconstruction.sum() + terms.penalty).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name

@@ -106,6 +106,85 @@ def test_the_sampled_estimator_charges_the_exact_kl_on_average():
     assert ((drawn.mean(0) - exact).abs() <= 4 * error + 1e-4).all()
 
 
+# ------------------------------------------------------------------------- the weighted bound
+
+
+def log_weights(model, cells, z, q):
+    """log p(x, z | c) / q(z | x) by torch.distributions; the gates are certain."""
+    rate = cells.library * model.genes(model.decoder(z.flatten(end_dim=1))).softmax(-1).reshape(
+        *z.shape[:2], -1
+    )
+    nb = NegativeBinomial(model.log_theta.exp(), logits=rate.log() - model.log_theta)
+    shift = (DESIGN.matrix.to(z) @ (model.prior.gate() * model.prior.slab()))[cells.condition]
+    posterior = Normal(q.mean, q.variance.sqrt())
+    ratio = Normal(shift, 1.0).log_prob(z) - posterior.log_prob(z)
+    return nb.log_prob(cells.counts).sum(-1) + ratio.sum(-1)
+
+
+@pytest.mark.parametrize("n_draws", [2, 7])
+@pytest.mark.parametrize("method", ["vae", "ivae"])
+def test_with_more_draws_the_terms_add_up_to_the_weighted_bound(method, n_draws):
+    model, cells = make_model(method, dtype=torch.float64), make_cells(dtype=torch.float64)
+    with seeded(3):
+        terms = model(cells, n_draws=n_draws)
+    with seeded(3):
+        q = model.encode(cells.counts)
+        z = q.mean + q.variance.sqrt() * torch.randn(n_draws, *q.mean.shape).double()
+    weights = log_weights(model, cells, z, q)
+    expected = weights.exp().mean(0).log()
+    torch.testing.assert_close(terms.reconstruction - terms.kl, expected)
+    torch.testing.assert_close(terms.kl, model(cells).kl)
+
+
+def test_on_average_more_draws_come_closer_to_the_evidence_from_below():
+    model, cells = make_model("vae"), make_cells(4)
+    many = Cells(cells.counts.repeat(2000, 1), cells.condition.repeat(2000))
+    with torch.no_grad(), seeded(0):
+        bounds = []
+        for n_draws in (1, 2, 10):
+            terms = model(many, n_draws=n_draws)
+            bounds.append((terms.reconstruction - terms.kl).reshape(2000, 4).mean(0))
+        q = Normal(torch.zeros(2000, 4, N_LATENT), 1.0)  # the prior, and so exact on average
+        likelihood = model.decode(q.sample(), cells.library).log_prob(cells.counts).sum(-1)
+    evidence = likelihood.logsumexp(0) - math.log(2000)
+    assert (bounds[0] < bounds[1]).all()
+    assert (bounds[1] < bounds[2]).all()
+    assert (bounds[2] < evidence + 0.1).all()
+
+
+def test_gradient_of_the_weighted_bound_is_that_of_finite_differences():
+    model = make_model(dtype=torch.float64, n_hidden=3, n_layers=1, n_latent=2)
+    cells = make_cells(4, dtype=torch.float64)
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def bound(*values):
+        with seeded(0):
+            parameters = dict(zip(names, values, strict=True))
+            terms = functional_call(model, parameters, (cells,), {"n_draws": 3})
+        return terms.reconstruction.sum() - terms.kl.sum() - terms.penalty
+
+    assert torch.autograd.gradcheck(bound, [v.detach().requires_grad_() for v in values])
+
+
+def test_uncertain_gates_are_charged_in_the_weighted_bound_too():
+    """By the same amount as in the ELBO: half the variance of each cell's shift."""
+    model, cells = make_model(dtype=torch.float64), make_cells(dtype=torch.float64)
+    with torch.no_grad():
+        model.prior.gate.logit.copy_(torch.tensor([[0.5, -1.0, 0.0], [2.0, 0.3, -0.7]]))
+        pi, slab = model.prior.gate(), model.prior.slab()
+        certain = make_model("vae", dtype=torch.float64)
+        certain.load_state_dict(model.state_dict(), strict=False)
+        certain.prior = ShiftPrior(DESIGN, PointSlab(2, N_LATENT), FixedGate.at(torch.ones(2, 3)))
+        certain.prior.slab.mean = torch.nn.Parameter(pi * slab)
+        with seeded(0):
+            uncertain = model(cells, n_draws=3)
+        with seeded(0):
+            bound = certain.double()(cells, n_draws=3)
+    variance = DESIGN.matrix.double().square() @ (pi * (1 - pi) * slab.square())
+    lost = (bound.reconstruction - bound.kl) - (uncertain.reconstruction - uncertain.kl)
+    torch.testing.assert_close(lost, 0.5 * variance[cells.condition].sum(-1))
+
+
 # -------------------------------------------------------------------------------- fast path
 
 

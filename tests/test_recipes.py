@@ -143,9 +143,11 @@ TOUCHED = {
         "train.weight_decay": 0.0,
         "train.patience": None,
         "train.optimizer": "muon",
+        "train.muon_weight_decay": ANY,
     },
     "networks": {"network.n_layers_decoder": ANY, "network.n_hidden_encoder": ANY},
     "newton": {"network.newton": True, "train.encoder_share": ANY},
+    "weighted": {"train.n_draws": ANY, "train.weighted_share": ANY},
     "alpha-per-cell": {"sparsity": "cells"},
 }
 

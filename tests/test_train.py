@@ -281,7 +281,7 @@ def whole_batch(config):
     return replace(config, epochs=1, batch_size=len(CELLS), keep="last")
 
 
-def stepped_by_hand(model, config, *, frozen=()):
+def stepped_by_hand(model, config):
     """Return the parameters after one step of torch's optimisers, the matrices by Muon."""
     model = copy.deepcopy(model)
     order = torch.randperm(len(CELLS), generator=torch.Generator().manual_seed(config.seed))
@@ -289,20 +289,22 @@ def stepped_by_hand(model, config, *, frozen=()):
         terms = model(CELLS[order])
     elbo = (terms.reconstruction - terms.kl).mean() - terms.penalty / len(CELLS)
     (-elbo).backward()
-    moving = {name: p for name, p in model.named_parameters() if name not in frozen}
-    matrices = [p for name, p in moving.items() if name.endswith(".weight")]
-    rest = [p for name, p in moving.items() if not name.endswith(".weight")]
+    matrices = [p for name, p in model.named_parameters() if name.endswith(".weight")]
+    rest = [p for name, p in model.named_parameters() if not name.endswith(".weight")]
     decay = config.weight_decay
     torch.optim.Adam(rest, lr=config.learning_rate, weight_decay=decay).step()
-    if matrices:
-        rate = config.muon_learning_rate
-        torch.optim.Muon(matrices, lr=rate, weight_decay=decay).step()
+    rate, decay = config.muon_learning_rate, config.muon_weight_decay
+    torch.optim.Muon(matrices, lr=rate, weight_decay=decay).step()
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_muon_moves_the_matrices_and_adam_everything_else(weight_decay):
-    config = replace(whole_batch(QUICK), optimizer="muon", weight_decay=weight_decay)
+@pytest.mark.parametrize(
+    "decay",
+    [{}, {"weight_decay": 0.1}, {"muon_weight_decay": 0.5}],
+    ids=["no decay", "of adam", "of muon"],
+)
+def test_muon_moves_the_matrices_and_adam_everything_else(decay):
+    config = replace(whole_batch(QUICK), optimizer="muon", **decay)
     model = make_model()
     expected = stepped_by_hand(model, config)
     before = copy.deepcopy(dict(model.named_parameters()))
@@ -331,7 +333,8 @@ def test_what_is_frozen_is_left_alone(optimizer, weight_decay):
     model.prior.slab.mean.requires_grad_(True)
     model.encoder[0].weight.requires_grad_(True)
     before = copy.deepcopy(dict(model.named_parameters()))
-    config = replace(QUICK, optimizer=optimizer, weight_decay=weight_decay, keep="last")
+    decay = {"weight_decay": weight_decay, "muon_weight_decay": weight_decay}
+    config = replace(QUICK, optimizer=optimizer, keep="last", **decay)
     trained(config, model=model)
     moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
     assert moved == {"prior.slab.mean", "encoder.0.weight"}
@@ -426,6 +429,50 @@ def test_patience_begins_with_the_steps(monkeypatch):
     assert len(history.rows) == 4 + 1 + 2
 
 
+# ------------------------------------------------------------------------- the weighted bound
+
+
+def draws_by_epoch(monkeypatch, **changes):
+    """Return the draws of every call of the model: an epoch is one training batch, then others."""
+    seen, original = [], SMSVAE.forward
+
+    def spy(self, cells, *, n_draws=1):
+        seen.append((self.training, n_draws))
+        return original(self, cells, n_draws=n_draws)
+
+    monkeypatch.setattr(SMSVAE, "forward", spy)
+    trained(replace(QUICK, batch_size=64, **changes), validation=OTHERS)
+    in_training = [n for training, n in seen if training]
+    assert in_training == [n for training, n in seen if not training]
+    return in_training
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.0, [1] * 4), (0.25, [1, 1, 1, 3]), (0.3, [1, 1, 1, 3]), (1.0, [3] * 4)],
+)
+def test_the_last_epochs_take_more_draws(monkeypatch, share, expected):
+    assert draws_by_epoch(monkeypatch, n_draws=3, weighted_share=share) == expected
+
+
+def test_the_best_weights_are_sought_among_those_judged_by_the_last_bound(monkeypatch):
+    falling_elbo(monkeypatch)
+    config = replace(QUICK, epochs=10, n_draws=3, weighted_share=0.4)
+    assert trained(config, validation=OTHERS)[1].best_epoch == 6
+    # A share that no epoch is part of changes nothing.
+    falling_elbo(monkeypatch)
+    config = replace(config, weighted_share=0.05)
+    assert trained(config, validation=OTHERS)[1].best_epoch == 0
+
+
+def test_the_history_of_the_last_epochs_holds_the_weighted_bound():
+    """It is closer to the evidence than the ELBO of the same weights."""
+    config = replace(QUICK, n_draws=50, weighted_share=0.25)
+    model, history = trained(config, validation=OTHERS)
+    assert history.best_epoch == 3
+    assert history.rows[3]["validation_elbo"] > elbo(model, OTHERS).mean() + 0.1
+
+
 def test_a_gradient_clipped_to_nothing_moves_nothing():
     model = make_model()
     before = weights(model).clone()
@@ -455,6 +502,8 @@ def test_no_bar_where_nobody_watches(capfd):
         ({"keep": "first"}, r"keep is 'first'; expected one of \('best', 'last'"),
         ({"encoder_share": 1.5}, "encoder_share is 1.5; expected a share of the epochs, 0 to 1"),
         ({"encoder_share": -0.1}, "encoder_share is -0.1; expected a share"),
+        ({"weighted_share": 2.0}, "weighted_share is 2.0; expected a share of the epochs"),
+        ({"n_draws": 0}, "n_draws is 0; expected at least one draw per cell"),
     ],
     ids=str,
 )
