@@ -37,7 +37,7 @@ full: $(READY) ## Run the notebooks at full size on the best device, refresh boo
 	@$(PIPELINE) execute --profile full
 	@$(PIPELINE) html --profile full
 
-bench: $(READY) ## Run what is missing of a stored study (EXPERIMENT=table1 or headline)
+bench: $(READY) ## Run what is missing of a study (EXPERIMENT=table1, table4, ..., figure4, cells, waterfall)
 	@$(ONE_THREAD) $(PY) -m smslib.benchmark $(EXPERIMENT)
 
 speed: $(READY) ## Measure speed on this machine and refresh book/results/benchmarks.json
