@@ -15,24 +15,25 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from smslib import ceilings, controls, metrics, recipes, simulate, store, sweep, transfer
 from smslib.data import Cells, Design, split_cells
+from smslib.distributions import kl_to_shifted_normal
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
 from smslib.model import SMSVAE
 from smslib.simulate import Mechanism, Screen
-from smslib.studies import STUDIES
+from smslib.studies import AGREEMENT, STUDIES
 from smslib.sweep import Config
 from smslib.train import TrainConfig, fit
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ARMS", "CONTROLS", "graph_scores", "latent_scores", "recover", "summarise"]
+__all__ = ["ARMS", "CONTROLS", "agree", "graph_scores", "latent_scores", "recover", "summarise"]
 
 # An arm is a way to do the whole experiment: simulator, recipe and transfer step.
 ARMS: Mapping[str, Mapping[str, object]] = MappingProxyType(
@@ -75,11 +76,16 @@ def recover(config: Config) -> dict[str, float | int]:
     """
     plan = {**ARMS[config["arm"]], **config}
     screen = _screen(plan)
-    names = screen.design.conditions
-    trained = simulate.restrict(screen, names[1 : len(names) - _HELD_OUT])
+    trained = _trained(screen)
     if plan["method"] in CONTROLS:
         return _control(plan["method"], screen, trained, seed=plan["seed"])
     return _model(plan, screen, trained)
+
+
+def _trained(screen: Screen) -> Screen:
+    """Return the interventions to train on."""
+    names = screen.design.conditions
+    return simulate.restrict(screen, names[1 : len(names) - _HELD_OUT])
 
 
 def _screen(plan: Mapping[str, object]) -> Screen:
@@ -97,14 +103,27 @@ def _screen(plan: Mapping[str, object]) -> Screen:
     )
 
 
-def _model(plan: Mapping[str, object], screen: Screen, trained: Screen) -> dict[str, float | int]:
-    """Fit a model and score it."""
+class _Fit(NamedTuple):
+    """A fitted model, and the cells and the training behind it."""
+
+    model: SMSVAE
+    method: str
+    cells: Cells
+    train: Cells
+    validation: Cells
+    config: TrainConfig
+    n_epochs: int
+    cpu_seconds: float
+
+
+def _fit(plan: Mapping[str, object], trained: Screen) -> _Fit:
+    """Fit a method as planned."""
     method, cells = plan["method"], trained.cells
     if method == "shuffled":
         method, labels = "svae+", controls.shuffle_labels(cells.condition, seed=plan["seed"])
         cells = replace(cells, condition=torch.from_numpy(labels))
     train, validation = split_cells(cells, (0.9, 0.1), seed=plan["seed"])
-    model, schedule = recipes.build(
+    model, config = recipes.build(
         train,
         trained.design,
         method=method,
@@ -117,19 +136,74 @@ def _model(plan: Mapping[str, object], screen: Screen, trained: Screen) -> dict[
         seed=plan.get("init_seed", plan["seed"]),
     )
     start = time.process_time()
-    history = fit(model, train, schedule, validation=validation)
-    scores = {"epochs": len(history.rows), "fit_cpu_seconds": time.process_time() - start}
-    scores |= latent_scores(trained.z.numpy(), latents(model, cells), cells.condition.numpy())
-    if method not in ("vae", "beta-vae"):
-        scores |= _model_graph_scores(model, method, trained, latents(model, cells))
-        scores |= _released_graph_scores(model, method, screen, trained, latents(model, cells))
-    scores["validation_elbo"] = float(elbo(model, validation).mean())
-    scores |= _transfer_scores(model, screen)
+    history = fit(model, train, config, validation=validation)
+    seconds = time.process_time() - start
+    return _Fit(model, method, cells, train, validation, config, len(history.rows), seconds)
+
+
+def _model(plan: Mapping[str, object], screen: Screen, trained: Screen) -> dict[str, float | int]:
+    """Fit a model and score it."""
+    done = _fit(plan, trained)
+    scores = {"epochs": done.n_epochs, "fit_cpu_seconds": done.cpu_seconds}
+    scores |= _recovery(done, screen, trained)
+    scores["validation_elbo"] = float(elbo(done.model, done.validation).mean())
+    scores |= _transfer_scores(done.model, screen)
     if plan["transfer"] == "released":
         scores["i_nll_corrected"] = scores["i_nll"]
-        refit = {"train": train, "validation": validation, "config": schedule}
-        scores |= _released_transfer(model, screen, drift=method != "svae+", **refit)
+        scores |= _released_transfer(done, screen)
     return scores
+
+
+def _recovery(done: _Fit, screen: Screen, trained: Screen) -> dict[str, float | int]:
+    """Score the latents, and the graph of a method that has shifts."""
+    estimated = latents(done.model, done.cells)
+    scores = latent_scores(trained.z.numpy(), estimated, done.cells.condition.numpy())
+    if done.method not in ("vae", "beta-vae"):
+        scores |= _model_graph_scores(done.model, done.method, trained, estimated)
+        scores |= _released_graph_scores(done.model, done.method, screen, trained, estimated)
+    return scores
+
+
+def agree(config: Config) -> dict[str, float | int]:
+    """Fit one setting from several starts on the same data; score how far the fits agree.
+
+    Agreement needs no truth, so that settings can be chosen by it: the unsupervised score that
+    the paper selects by (Duan et al. 2020).
+
+    Parameters
+    ----------
+    config : dict
+        As of `recover`, for a model; and ``n_inits`` (5), the number of starts.
+
+    Returns
+    -------
+    dict
+        ``udr`` (mean over the fits), ``pairwise_mcc`` (median over their pairs),
+        ``validation_elbo`` (mean, nats per cell), the mean of every score of the latents and of
+        the graph, and ``fit_cpu_seconds`` of all fits.
+    """
+    plan = {**ARMS[config["arm"]], **config}
+    screen = _screen(plan)
+    trained = _trained(screen)
+    fits = [_fit({**plan, "init_seed": k}, trained) for k in range(plan.get("n_inits", 5))]
+    codes = [latents(done.model, done.validation) for done in fits]
+    pairs = metrics.pairwise_mcc(codes)
+    scores = [_recovery(done, screen, trained) for done in fits]
+    return {
+        **{name: float(np.mean([score[name] for score in scores])) for name in scores[0]},
+        "udr": float(np.mean(metrics.udr(codes, kl=[_divergence(done) for done in fits]))),
+        "pairwise_mcc": float(np.median(pairs[~np.eye(len(pairs), dtype=bool)])),
+        "validation_elbo": float(np.mean([elbo(d.model, d.validation).mean() for d in fits])),
+        "fit_cpu_seconds": sum(done.cpu_seconds for done in fits),
+    }
+
+
+@torch.no_grad()
+def _divergence(done: _Fit) -> np.ndarray:
+    """Return the mean KL(q(z_i | x) || p(z_i | c)) of every latent, nats."""
+    model, cells = done.model, done.validation
+    q, shift = model.infer(cells), model.prior().at(cells.condition)
+    return kl_to_shifted_normal(q.mean, q.variance, shift).mean(0).numpy()
 
 
 def latent_scores(
@@ -276,32 +350,24 @@ def _first_of_each(cells: Cells, n: int) -> torch.Tensor:
     return torch.cat([(cells.condition == row).nonzero()[:n, 0] for row in rows])
 
 
-def _released_transfer(
-    model: SMSVAE,
-    screen: Screen,
-    *,
-    train: Cells,
-    validation: Cells,
-    config: TrainConfig,
-    drift: bool,
-) -> dict[str, float | int]:
+def _released_transfer(done: _Fit, screen: Screen) -> dict[str, float | int]:
     """Repeat the released transfer step: refit, gradients in training mode, the same cells twice.
 
     ``i_nll`` is then the released number, ``i_nll_refitted`` that before the shifts are learned.
     """
     names = screen.design.conditions[-_HELD_OUT:]
-    design = model.prior.design.extend(names)
+    design = done.model.prior.design.extend(names)
     cells = _relabelled(screen, names, design)
     _, stages = transfer.protocol(
-        model,
-        train,
-        config=config,
-        validation=validation,
+        done.model,
+        done.train,
+        config=done.config,
+        validation=done.validation,
         adaptation=cells,
         scoring=cells,
         design=design,
         how="gradient",
-        drift=drift,
+        drift=done.method != "svae+",
     )
     nll = -stages.groupby("stage")["iwelbo"].mean()
     return {"i_nll": float(nll["adapted"]), "i_nll_refitted": float(nll["refitted"])}
@@ -407,7 +473,8 @@ def main(arguments: list[str] | None = None) -> int:
             initargs=(1,),
         ) as executor:
             options = {"executor": executor, "index": given.index, "retry": given.retry}
-            sweep.run(recover, wanted, root, **options)
+            task = agree if given.experiment in AGREEMENT else recover
+            sweep.run(task, wanted, root, **options)
     _store(given.experiment, study, given.results, root)
     return 0
 

@@ -13,7 +13,7 @@ from typing import Any
 from smslib.recipes import CHANGES
 from smslib.sweep import Config, axis, chain, product
 
-__all__ = ["METHODS", "STUDIES"]
+__all__ = ["AGREEMENT", "METHODS", "STUDIES"]
 
 METHODS = ("svae+", "ivae", "svae", "vae", "beta-vae")
 _SHIFTING = METHODS[:3]  # Tables 5 to 8 leave out the methods without shifts
@@ -171,6 +171,29 @@ def _cells() -> Study:
     }
 
 
+def _selection() -> Study:
+    """Walk the paper's grids (Table 3), five starts each on one data set."""
+    grid = (10.0, 20.0, 40.0, 60.0, 80.0, 100.0)
+    start = [{"seed": 0, "n_inits": 5}]
+    study = {}
+    for arm in ("smslib", "released"):
+        lengths = axis("max_epochs", (300, 500)) if arm == "released" else [{}]
+        sparse = product(axis("method", ("svae+", "svae")), axis("sparsity", grid))
+        weighted = product(axis("method", ("beta-vae",)), axis("beta", (8.0, 10.0, 30.0)))
+        plain = axis("method", ("vae", "ivae"))
+        for config in product([{"arm": arm}], start, lengths, chain(sparse, weighted, plain)):
+            study.setdefault(_grid_label(config), []).append(config)
+    return study
+
+
+def _grid_label(config: Config) -> str:
+    """Name a point of the grid."""
+    names = {"sparsity": "alpha", "beta": "beta", "max_epochs": "epochs"}
+    parts = [f"{short}{config[name]:g}" for name, short in names.items() if name in config]
+    return "-".join(parts)
+
+
+AGREEMENT = frozenset({"selection"})  # studies whose runs are of `smslib.benchmark.agree`
 STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
     {
         "headline": _headline,
@@ -183,6 +206,7 @@ STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
         "table10": _table10,
         "figure4": _figure4,
         "cells": _cells,
+        "selection": _selection,
         "waterfall": _waterfall,
     }
 )

@@ -161,6 +161,28 @@ def test_the_released_graph_score_of_a_perfect_model():
     assert score["released_recall"] == pytest.approx(share)
 
 
+# ---------------------------------------------------------------- agreement
+
+
+def test_agreement_of_one_start_with_itself(monkeypatch):
+    """The same start twice gives the same fit: agreement is then complete."""
+    fit = benchmark._fit
+    monkeypatch.setattr(
+        benchmark, "_fit", lambda plan, trained: fit(plan | {"init_seed": 0}, trained)
+    )
+    found = benchmark.agree(SHORT | {"n_inits": 2})
+    assert found["pairwise_mcc"] == pytest.approx(1.0)
+    assert found["udr"] <= 1.0
+
+
+def test_agreement_averages_the_fits():
+    found = benchmark.agree(SHORT | {"n_inits": 2})
+    each = [benchmark.recover(SHORT | {"init_seed": k}) for k in range(2)]
+    for score in ("mcc", "r2", "f1", "validation_elbo"):
+        assert found[score] == pytest.approx(np.mean([run[score] for run in each]))
+    assert found["pairwise_mcc"] < 1.0
+
+
 # ---------------------------------------------------------------- told the truth
 
 
