@@ -513,7 +513,7 @@ class Second:
         found = []
         for ours, theirs in self.pairs(*names):
             ends = (
-                stats.ttest_rel(ours, theirs).confidence_interval(0.95) if len(ours) > 1 else None
+                stats.ttest_rel(ours, theirs).confidence_interval(0.95) if len(ours) > 2 else None
             )
             found.append((np.mean(ours) - np.mean(theirs), *(ends or ())))
         return found

@@ -26,6 +26,7 @@ ARMS = {"released": "as released", "corrected": "corrected", "smslib": "smslib"}
 REPRODUCED, PARTLY, NOT = "reproduced", "partly", "not reproduced"
 NOT_YET, NOT_RUN, UNTESTABLE = "not run yet", "not run", "cannot be tested here"
 STATUSES = (REPRODUCED, PARTLY, NOT, NOT_YET, NOT_RUN, UNTESTABLE)
+FEWEST_PAIRS = 3  # Student's factor is 12.7 for two values, 4.3 for three
 LOWER_IS_BETTER = frozenset({"i_nll", "i_nll_gap", "shd", "calibration"})
 WITH_INTERVAL = {"mean": ("low", "high"), "gain": ("gain_low", "gain_high")}
 
@@ -208,8 +209,8 @@ def _shared(runs: list[dict[Any, float]], where: str) -> list:
 def _half_interval(values: np.ndarray) -> float:
     """Return half the width of Student's 95 % interval of the mean."""
     n = len(values)
-    if n < 2:
-        raise NotStored(NOT_RUN, "one paired seed has no interval")
+    if n < FEWEST_PAIRS:
+        raise NotStored(NOT_RUN, f"{n} paired seeds, too few for an interval")
     return float(stdtrit(n - 1, 0.975) * values.std(ddof=1) / np.sqrt(n))
 
 
