@@ -129,7 +129,7 @@ def _fit(plan: Mapping[str, object], trained: Screen) -> _Fit:
         method=method,
         recipe=plan["recipe"],
         changes=plan.get("changes", ()),
-        n_latent=plan.get("n_latent", 15),
+        n_latent=trained.z.shape[1],
         sparsity=plan.get("sparsity"),
         beta=plan.get("beta"),
         epochs=plan.get("max_epochs"),
@@ -265,12 +265,12 @@ def _model_graph_scores(
     model: SMSVAE, method: str, trained: Screen, estimated: np.ndarray
 ) -> dict[str, float | int]:
     """Score the model's own graph, over the targets that it was trained on."""
-    true, truth = trained.z.numpy(), trained.graph.numpy()
-    scores = graph_scores(truth, _graph(model, method), true, estimated)
+    true, truth, graph = trained.z.numpy(), trained.graph.numpy(), _graph(model, method)
+    scores = graph_scores(truth, graph, true, estimated)
     if method == "ivae":
         return scores
     matching = metrics.match_latents(true, estimated)
-    edges = metrics.aligned_edges(truth, model.prior.probabilities(), matching)
+    edges = metrics.aligned_edges(truth, graph, matching)
     calibration = metrics.calibration(edges[1], edges[0])
     return scores | {"calibration": calibration.error, "brier": calibration.brier}
 
@@ -303,19 +303,14 @@ def _two_largest(shift: np.ndarray) -> np.ndarray:
     return metrics.top_k_graph(shift, min(2, shift.shape[1]))
 
 
-def _held_out(screen: Screen, design: Design) -> tuple[Cells, Cells, Design]:
-    """Return the held-out cells to adapt to, those to score, and the design that knows both."""
+def _held_out(screen: Screen, design: Design) -> tuple[Cells, Design]:
+    """Return the held-out cells, labelled by the design extended by their interventions."""
     names = screen.design.conditions[-_HELD_OUT:]
-    larger = design.extend(names)
-    fitted, scored = split_cells(_relabelled(screen, names, larger), (0.5, 0.5), seed=0)
-    return fitted, scored, larger
-
-
-def _relabelled(screen: Screen, names: tuple[str, ...], design: Design) -> Cells:
-    cells = screen.cells.of(screen.design.index(names))
-    row = torch.full((screen.design.n_conditions,), -1)
-    row[screen.design.index(names)] = design.index(names)
-    return replace(cells, condition=row[cells.condition])
+    rows, larger = screen.design.index(names), design.extend(names)
+    cells = screen.cells.of(rows)
+    new_row = torch.full((screen.design.n_conditions,), -1)
+    new_row[rows] = larger.index(names)
+    return replace(cells, condition=new_row[cells.condition]), larger
 
 
 def _transfer_scores(model: SMSVAE, screen: Screen) -> dict[str, float | int]:
@@ -325,7 +320,8 @@ def _transfer_scores(model: SMSVAE, screen: Screen) -> dict[str, float | int]:
     generator would score on some of the same cells, given their library, and ``i_nll_gap`` how
     far the model is above it on those.
     """
-    fitted, scored, design = _held_out(screen, model.prior.design)
+    cells, design = _held_out(screen, model.prior.design)
+    fitted, scored = split_cells(cells, (0.5, 0.5), seed=0)
     adapted = transfer.adapt(model, fitted, design=design)
     bounds = iwelbo(adapted, scored, n_draws=1000)
     some = _first_of_each(scored, _ORACLE_CELLS)
@@ -355,9 +351,7 @@ def _released_transfer(done: _Fit, screen: Screen) -> dict[str, float | int]:
 
     ``i_nll`` is then the released number, ``i_nll_refitted`` that before the shifts are learned.
     """
-    names = screen.design.conditions[-_HELD_OUT:]
-    design = done.model.prior.design.extend(names)
-    cells = _relabelled(screen, names, design)
+    cells, design = _held_out(screen, done.model.prior.design)
     _, stages = transfer.protocol(
         done.model,
         done.train,
@@ -380,7 +374,9 @@ def _control(method: str, screen: Screen, trained: Screen, *, seed: int) -> dict
     if method == "oracle":
         some = _first_of_each(cells, _ORACLE_CELLS)
         mean = simulate.oracle(trained, cells[some], seed=seed).mean.numpy()
-        floor = -_oracle_log_prob(screen, *_some_held_out(screen))
+        unseen, design = _held_out(screen, trained.design)
+        unseen = unseen[_first_of_each(unseen, _ORACLE_CELLS)]
+        floor = -_oracle_log_prob(screen, unseen, design)
         return {**latent_scores(true[some], mean, condition[some]), "i_nll": float(floor.mean())}
     if method == "told":
         model, _ = recipes.build(cells, trained.design, n_latent=n_latent, seed=seed)
@@ -395,12 +391,6 @@ def _control(method: str, screen: Screen, trained: Screen, *, seed: int) -> dict
         **latent_scores(true, found.latents, condition),
         **graph_scores(trained.graph.numpy(), graph, true, found.latents),
     }
-
-
-def _some_held_out(screen: Screen) -> tuple[Cells, Design]:
-    names = screen.design.conditions[-_HELD_OUT:]
-    cells = screen.cells.of(screen.design.index(names))
-    return cells[_first_of_each(cells, _ORACLE_CELLS)], screen.design
 
 
 def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict[str, object]:

@@ -291,28 +291,22 @@ class SMSVAE(nn.Module):
         With more draws it is the importance-weighted bound (Burda et al. 2016), whose gain over
         -KL stands in the place of the reconstruction.
         """
-        if n_draws > 1:
-            return self._weighted(cells, n_draws)
         q = self.infer(cells)
-        z = q.mean + q.variance.sqrt() * torch.randn_like(q.mean)
-        shift = self.prior.of(cells.condition, self.estimator)
-        x_given_z = self.decode(z, cells.library)
-        reconstruction = x_given_z.log_prob(cells.counts).sum(-1)
-        kl = kl_to_shifted_normal(q.mean, q.variance, shift).sum(-1)
-        return Terms(reconstruction, kl, self.prior.penalty())
-
-    def _weighted(self, cells: Cells, n_draws: int) -> Terms:
-        q = self.infer(cells)
-        noise = torch.randn(n_draws, *q.mean.shape).to(q.mean)
+        if n_draws == 1:
+            noise = torch.randn_like(q.mean)
+        else:
+            noise = torch.randn(n_draws, *q.mean.shape, device=q.mean.device).to(q.mean)
         z = q.mean + q.variance.sqrt() * noise
         shift = self.prior.of(cells.condition, self.estimator)
-        log_likelihood = self.decode(z, cells.library).log_prob(cells.counts).sum(-1)
-        # log p(z | c) / q(z | x), gates integrated out; the constants cancel.
-        distance = (z - shift.mean).square() + shift.variance
-        log_ratio = 0.5 * (noise.square() + q.variance.log() - distance).sum(-1)
-        bound = (log_likelihood + log_ratio).logsumexp(0) - math.log(n_draws)
+        reconstruction = self.decode(z, cells.library).log_prob(cells.counts).sum(-1)
         kl = kl_to_shifted_normal(q.mean, q.variance, shift).sum(-1)
-        return Terms(bound + kl, kl, self.prior.penalty())
+        if n_draws > 1:
+            # log p(z | c) / q(z | x), gates integrated out; the constants cancel.
+            distance = (z - shift.mean).square() + shift.variance
+            log_ratio = 0.5 * (noise.square() + q.variance.log() - distance).sum(-1)
+            bound = (reconstruction + log_ratio).logsumexp(0) - math.log(n_draws)
+            reconstruction = bound + kl
+        return Terms(reconstruction, kl, self.prior.penalty())
 
     def _newton_step(self, z: Tensor, counts: Tensor, shift: Tensor) -> Tensor:
         layers = [part for part in (*self.decoder, self.genes) if isinstance(part, nn.Linear)]

@@ -19,7 +19,7 @@ from smslib.model import SMSVAE
 from smslib.priors import LogitGate
 from smslib.train import TrainConfig
 
-__all__ = ["CHANGES", "RECIPES", "Recipe", "build"]
+__all__ = ["CHANGES", "CORRECTIONS", "RECIPES", "Recipe", "build"]
 
 _BETA = 10.0  # of beta-VAE; the middle of the paper's grid {8, 10, 30}
 # sVAE+ keeps the edges whose shift exceeds sqrt(4 (alpha - 1) / n) prior standard deviations,
@@ -119,7 +119,8 @@ CHANGES: Mapping[str, Callable[[Recipe], Recipe]] = MappingProxyType(
         "alpha-per-cell": lambda recipe: replace(recipe, sparsity="cells"),
     }
 )
-_CORRECTIONS = ("loss-scale", "open-ivae", "best-weights")
+# The slips of the released code among them: the first changes to be made.
+CORRECTIONS = ("loss-scale", "open-ivae", "best-weights")
 
 
 def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
@@ -133,7 +134,7 @@ def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "paper": _PAPER,
-        "corrected": _changed(_PAPER, _CORRECTIONS),
+        "corrected": _changed(_PAPER, CORRECTIONS),
         "smslib": _changed(_PAPER, tuple(CHANGES)),
     }
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from smslib.recipes import CHANGES
+from smslib.recipes import CHANGES, CORRECTIONS
 from smslib.sweep import Config, axis, chain, product
 
 __all__ = ["AGREEMENT", "METHODS", "STUDIES"]
@@ -18,9 +18,7 @@ __all__ = ["AGREEMENT", "METHODS", "STUDIES"]
 METHODS = ("svae+", "ivae", "svae", "vae", "beta-vae")
 _SHIFTING = METHODS[:3]  # Tables 5 to 8 leave out the methods without shifts
 _CONTROLS = ("pca", "lda", "regression", "oracle", "told", "shuffled")
-# From the released procedure to ours, one change at a time; "corrected" has the first three.
 _CHANGES = tuple(CHANGES)
-_N_CORRECTIONS = 3
 Study = dict[str, list[Config]]
 
 
@@ -151,10 +149,10 @@ def _waterfall() -> Study:
         "corrected-distinct": _runs("corrected", _SHIFTING, seeds, with_replacement=False),
     }
     for n in range(1, len(_CHANGES)):
-        if n != _N_CORRECTIONS:
+        if n != len(CORRECTIONS):
             study[_CHANGES[n - 1]] = _runs(
                 "released",
-                _SHIFTING if n < _N_CORRECTIONS else ("svae+",),
+                _SHIFTING if n < len(CORRECTIONS) else ("svae+",),
                 seeds,
                 changes=list(_CHANGES[:n]),
                 transfer="corrected",
