@@ -21,17 +21,21 @@ __all__ = [
     "Interval",
     "Matching",
     "Paired",
+    "PairedSigns",
     "aligned_edges",
+    "average_precision",
     "calibration",
     "correlations",
     "dci",
     "graph_scores",
+    "holm",
     "interval",
     "linear_r2",
     "match_latents",
     "mcc",
     "out_of_fold",
     "paired",
+    "paired_signs",
     "pairwise_mcc",
     "top_k_graph",
     "udr",
@@ -908,3 +912,125 @@ def _average_precision(
     hits = np.cumsum(truth[order])[last_of_tie]
     declared = np.flatnonzero(last_of_tie) + 1
     return float((np.diff(hits, prepend=0) * hits / declared).sum() / max(truth.sum(), 1))
+
+
+class PairedSigns(NamedTuple):
+    """An `Interval` of differences, with two p-values that assume no normal distribution."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    p_sign_flip: float
+    p_wilcoxon: float
+
+
+def paired_signs(
+    a: Sequence[float] | Real[Any, " unit"],
+    b: Sequence[float] | Real[Any, " unit"],
+    *,
+    level: float = 0.95,
+    n_flips: int = 9999,
+    seed: int = 0,
+) -> PairedSigns:
+    """Compare two methods pair by pair, without assuming normal differences.
+
+    Parameters
+    ----------
+    a, b : array, (n_units,)
+        Scores of two methods on the same units (perturbations, seeds), in the same order.
+    level : float
+        Coverage of the t interval of the mean difference, between 0 and 1.
+    n_flips : int
+        Random flips of signs, where there are more patterns of signs than these; otherwise all
+        patterns are visited and the p-value is exact.
+    seed : int
+        Of the flips.
+
+    Returns
+    -------
+    PairedSigns
+        Of ``a - b``. The p-values are two-sided: of the mean under random signs, and of
+        Wilcoxon's signed ranks. n units cannot reach below ``2 / 2**n``.
+
+    Raises
+    ------
+    ValueError
+        As `paired`.
+    """
+    from scipy.stats import permutation_test, wilcoxon
+
+    result = paired(a, b, level=level)
+    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    if result.n == 1 or not differences.any():
+        return PairedSigns(*result[:4], 1.0, 1.0)
+    flipped = permutation_test(
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=n_flips,
+        rng=np.random.default_rng(seed),
+    )
+    ranked = wilcoxon(differences, zero_method="pratt")
+    return PairedSigns(*result[:4], float(flipped.pvalue), float(ranked.pvalue))
+
+
+def holm(p_values: Sequence[float] | Real[Any, " test"]) -> Float[np.ndarray, " test"]:
+    """Correct p-values for the number of tests (Holm 1979): the chance of any false finding.
+
+    Parameters
+    ----------
+    p_values : array, (n_tests,)
+
+    Returns
+    -------
+    array, (n_tests,)
+        In the order given; to be compared with the level that all tests share.
+
+    Raises
+    ------
+    ValueError
+        If a value is not between 0 and 1.
+    """
+    p = np.asarray(p_values, dtype=float)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p_values are {p.tolist()}; expected numbers from 0 to 1, one per test")
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(stepped, 1.0)
+    return corrected
+
+
+def average_precision(truth: Bool[Any, " item"], score: Real[Any, " item"]) -> float:
+    """Return how well a score ranks the true items first; tied scores count as one step.
+
+    Parameters
+    ----------
+    truth : array of bool, (n_items,)
+    score : array, (n_items,)
+
+    Returns
+    -------
+    float
+        Mean precision at the ranks of the true items. 1 if they come first; the share of true
+        items is what a constant score gets.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, no item is true, or a score is not finite.
+    """
+    truth, score = np.asarray(truth, dtype=bool), np.asarray(score, dtype=float)
+    if truth.ndim != 1 or truth.shape != score.shape or not truth.any():
+        raise ValueError(
+            f"truth has shape {truth.shape} with {int(truth.sum())} true, score has shape "
+            f"{score.shape}; expected one score per item, and at least one true item"
+        )
+    if not np.isfinite(score).all():
+        raise ValueError(
+            f"score holds {score[~np.isfinite(score)][0]}; expected finite numbers (did the fit "
+            "diverge?)"
+        )
+    return _average_precision(truth, score)

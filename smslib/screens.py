@@ -23,7 +23,7 @@ from smslib.data import Cells, Design, from_anndata, split_cells
 from smslib.evaluate import iwelbo, latents
 from smslib.model import SMSVAE
 from smslib.sweep import Config
-from smslib.train import History, fit
+from smslib.train import History, TrainConfig, fit
 from smslib.transfer import adapt, extend
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PATHWAY",
     "REPLICATES",
+    "build",
     "fit_screen",
     "gates",
     "leave_out",
@@ -47,6 +48,7 @@ __all__ = [
     "summarise",
     "transfer",
     "transfer_scores",
+    "without",
 ]
 
 PATHWAY = perturbseq.pathways()["ifn-gamma"].genes
@@ -59,7 +61,7 @@ _EPOCHS = 24
 # Of fits with far fewer steps than the recipe's. Muon doubles what a step costs, Gauss-Newton from
 # the middle on adds a third, and neither has a better validation ELBO to show for it here; the
 # weighted bound doubles the cost of a fit for .1 nats of IWELBO.
-_SHORT_TRAINING = {"batch_size": 128, "optimizer": "adam", "encoder_share": 0.8, "n_draws": 1}
+_SHORT_TRAINING = {"optimizer": "adam", "encoder_share": 0.8, "n_draws": 1}
 
 
 def prepare(
@@ -105,23 +107,60 @@ def fit_screen(
     -------
     model : SMSVAE
     history : History
+    """
+    train, validation = split_cells(cells, (0.9, 0.1), seed=seed)
+    model, config = build(train, design, epochs=epochs, seed=seed, method=method)
+    return model, fit(model, train, config, validation=validation, progress=False)
+
+
+def build(
+    cells: Cells,
+    design: Design,
+    *,
+    epochs: int,
+    seed: int = 0,
+    method: str = "svae+",
+    n_latent: int = _N_LATENT,
+    batch_size: int = 128,
+    sparsity: float | None = None,
+) -> tuple[SMSVAE, TrainConfig]:
+    """Return an untrained model for a real screen, and how to train it.
+
+    Parameters
+    ----------
+    cells : Cells
+        The training cells.
+    design : Design
+    epochs : int
+    seed : int
+        Of the initial weights, the batches and the draws.
+    method : str
+        As in `smslib.recipes.build`.
+    n_latent : int
+    batch_size : int
+    sparsity : float, optional
+        alpha; the number of targets by default, as the paper advises.
+
+    Returns
+    -------
+    model : SMSVAE
+    config : TrainConfig
 
     Notes
     -----
-    alpha is the number of targets, as the paper advises: an edge is kept when its shift exceeds
-    ``sqrt(4 (alpha - 1) / n)`` prior standard deviations for a target seen in n cells. The
-    recipe's own alpha, meant for the simulation's shifts of 5, would shut most real edges.
+    An edge of sVAE+ is kept when its shift exceeds ``sqrt(4 (alpha - 1) / n)`` prior standard
+    deviations for a target seen in n cells. The recipe's own alpha, meant for the simulation's
+    shifts of 5, would shut most real edges. sVAE is given the strength with the same threshold.
 
     Networks, inference, learning rate and warm-up are the recipe's. A real screen is fitted in
     far fewer steps, which changes the rest: Adam for every parameter, Gauss-Newton steps in the
     last fifth of the epochs, and the ELBO as the objective throughout.
     """
-    train, validation = split_cells(cells, (0.9, 0.1), seed=seed)
-    sparsity = float(design.n_targets) if method == "svae+" else None
-    options = {"n_latent": _N_LATENT, "sparsity": sparsity, "seed": seed, "epochs": epochs}
-    model, config = recipes.build(train, design, method=method, **options)
-    config = replace(config, **_SHORT_TRAINING)
-    return model, fit(model, train, config, validation=validation, progress=False)
+    alpha = float(design.n_targets) if sparsity is None else sparsity
+    strength = {"svae+": alpha, "svae": 2.0 * (alpha - 1.0)}.get(method)
+    options = {"n_latent": n_latent, "sparsity": strength, "seed": seed, "epochs": epochs}
+    model, config = recipes.build(cells, design, method=method, **options)
+    return model, replace(config, **_SHORT_TRAINING, batch_size=batch_size)
 
 
 def nulls() -> tuple[str, ...]:
@@ -156,36 +195,74 @@ def replicate_correlation(
     return np.abs(metrics.correlations(codes, member.astype(float))).max(1)
 
 
-def leave_out(cells: Cells, design: Design, target: str) -> tuple[Cells, Cells, Design]:
-    """Split off the cells of a target, and move it to the end of the design.
+def leave_out(
+    cells: Cells, design: Design, held: str | Sequence[str]
+) -> tuple[Cells, Cells, Design]:
+    """Split off the cells of some conditions, and move those to the end of the design.
 
     Parameters
     ----------
     cells : Cells
     design : Design
-        Of single targets.
-    target : str
+    held : str or sequence of str
+        Conditions, each of which becomes a target of its own: a held-out combination is to be
+        told from the sum of its parts.
 
     Returns
     -------
     known, held : Cells
         Labelled by the new design.
     larger : Design
-        ``larger.conditions[:-1]`` are those to train on.
+        ``larger.conditions[: -len(held)]`` are those to train on.
 
     Raises
     ------
     KeyError
-        If the target is unknown.
+        If a condition is unknown.
+    ValueError
+        If nothing is held out, the control is, or no perturbation is left to train on; if a
+        condition repeats; or if a combination that is kept perturbs a target held out.
     """
-    design.index([target])
-    known = Design.single_target(
-        [name for name in design.conditions[1:] if name != target], control=design.conditions[0]
-    )
-    larger = known.extend([target])
-    moved = Cells(cells.counts, larger.index(design.conditions)[cells.condition])
-    is_held = moved.condition == known.n_conditions
+    names = [held] if isinstance(held, str) else list(held)
+    rows = design.index(names)
+    known = without(design, names)
+    larger = known.extend(names)
+    place = torch.full((design.n_conditions,), -1)
+    kept = [name for name in design.conditions if name not in set(names)]
+    place[design.index(kept)] = torch.arange(len(kept))
+    place[rows] = torch.arange(len(kept), larger.n_conditions)
+    moved = Cells(cells.counts, place.to(cells.device)[cells.condition])
+    is_held = moved.condition >= known.n_conditions
     return moved[~is_held], moved[is_held], larger
+
+
+def without(design: Design, held: Sequence[str]) -> Design:
+    """Return the design of the other conditions, and of the targets that these perturb.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As `leave_out`.
+    """
+    rows = design.index(held).tolist()
+    kept = [row for row in range(design.n_conditions) if row not in set(rows)]
+    if not rows or 0 in rows or len(kept) == 1 or len(set(rows)) < len(rows):
+        raise ValueError(
+            f"holding out {list(held)} leaves {len(kept) - (0 not in rows)} perturbations of "
+            f"{design.n_conditions - 1} to train on; expected some of them, each once, and not "
+            f"the control {design.conditions[0]!r}"
+        )
+    matrix = design.matrix[kept]
+    touched = matrix.ne(0).any(0).tolist()
+    targets = [name for name, keep in zip(design.targets, touched, strict=True) if keep]
+    again = sorted(set(targets) & set(held))
+    if again:
+        raise ValueError(
+            f"{again} are held out, but combinations that are kept perturb them; hold those out "
+            "as well"
+        )
+    names = tuple(design.conditions[row] for row in kept)
+    return Design(names, tuple(targets), matrix[:, torch.tensor(touched)])
 
 
 def transfer_scores(

@@ -7,26 +7,38 @@ decoder, adapt the shifts of held-out perturbations, score. A stage returns a ne
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from smslib.data import Cells, Design
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
 from smslib.model import SMSVAE
-from smslib.priors import FixedGate, NoSlab, ShiftPrior
+from smslib.priors import (
+    BetaGate,
+    FixedGate,
+    Gate,
+    L1Gate,
+    LogitGate,
+    NoSlab,
+    OpenGate,
+    ShiftPrior,
+)
 from smslib.train import TrainConfig, fit
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["adapt", "binarise", "extend", "protocol"]
+__all__ = ["adapt", "binarise", "extend", "protocol", "refit"]
 
 # A pass shrinks the distance to the optimum by the prior's share of the posterior's precision: few
 # are enough where the counts say much about a latent, and where they say little the ELBO is flat.
 _MOST_PASSES, _CLOSE_ENOUGH = 20, 1e-3
+_NO_NATS = 1e-12  # of evidence: too little to divide by
 
 
 def binarise(model: SMSVAE, *, threshold: float = 0.5) -> SMSVAE:
@@ -35,6 +47,25 @@ def binarise(model: SMSVAE, *, threshold: float = 0.5) -> SMSVAE:
     fixed.prior.gate = FixedGate.at(model.prior.graph(threshold=threshold).to(model.prior.dose))
     fixed.estimator = "expected"
     return fixed
+
+
+def refit(
+    model: SMSVAE, cells: Cells, config: TrainConfig, *, validation: Cells | None = None
+) -> SMSVAE:
+    """Return a copy with binarised gates, trained again (paper, Sec. 5.2).
+
+    Parameters
+    ----------
+    model : SMSVAE
+        Trained on ``cells``.
+    cells : Cells
+    config : TrainConfig
+        Its warm-up is cut to one epoch, as released.
+    validation : Cells, optional
+    """
+    again = binarise(model)
+    fit(again, cells, replace(config, warmup_epochs=1), validation=validation, progress=False)
+    return again
 
 
 def extend(model: SMSVAE, design: Design) -> SMSVAE:
@@ -85,6 +116,7 @@ def adapt(
     how: Literal["closed-form", "gradient"] = "closed-form",
     config: TrainConfig | None = None,
     drift: bool = False,
+    gates: Literal["open", "learned"] = "open",
 ) -> SMSVAE:
     r"""Return a copy that has learned the shifts of the new conditions of ``design``.
 
@@ -108,14 +140,49 @@ def adapt(
     drift : bool
         For "gradient": whether the running statistics of the encoder's batch normalisation follow
         the new cells, as in the released baselines. Those of the released sVAE+ do not.
+    gates : {"open", "learned"}
+        Whether the new targets move every latent (the paper fixes their gamma to 1) or those alone
+        for which the cells outweigh the sparsity that the model was trained with. "learned" needs
+        the closed form and a model whose gates are not binarised; a method without sparsity keeps
+        its gates open.
 
     Raises
     ------
     ValueError
-        If a new condition has no cells, or is not a single target of its own; if ``how`` is
-        unknown; or for ``drift`` without gradients.
+        If a new condition has no cells, or is not a single target of its own; if ``how`` or
+        ``gates`` is unknown; for ``drift`` without gradients; or for gates to be learned by
+        gradients or from a binarised model.
+
+    Notes
+    -----
+    Why the gates have a closed form too. The networks being frozen, a new target with n cells,
+    dose d and mean posterior mean :math:`\bar m` enters the training objective, with one gate
+    probability :math:`\pi` and one shift :math:`\mu` per latent, through
+
+    .. math::
+        -\tfrac12 \sum_i E_\gamma (m_i - d \gamma \mu)^2 - \mathrm{pen}(\pi)
+        = \mathrm{const} + \pi n (d \mu \bar m - \tfrac12 d^2 \mu^2) - \mathrm{pen}(\pi),
+
+    because :math:`\gamma^2 = \gamma`. The bracket is largest at :math:`\mu = \bar m / d` whatever
+    :math:`\pi` is, where it makes :math:`\pi L` with the evidence
+    :math:`L = n \bar m^2 / 2` nats: the logarithm of the likelihood ratio of a moved and an
+    unmoved latent. What is left is one number per gate, :math:`\max_\pi \pi L - pen(\pi)`:
+
+    ==================  =====================================  ================================
+    sparsity            best :math:`\pi` (cut at 0 and 1)      open (:math:`\pi > 1/2`) if
+    ==================  =====================================  ================================
+    Beta, "tied"        :math:`1 - (\alpha - 1) / L`           :math:`L > 2 (\alpha - 1)`
+    Beta, "profile"     :math:`(e^L - \alpha) / (e^L - 1)`     :math:`L > \log(2 \alpha - 1)`
+    Beta, "collapsed"   :math:`1 / (1 + \alpha e^{-L})`        :math:`L > \log \alpha`
+    L1                  1 if L exceeds the strength, else 0    :math:`L >` strength
+    ==================  =====================================  ================================
+
+    The first line is the threshold :math:`|\bar m| > \sqrt{4 (\alpha - 1) / n}` of training. With
+    ``newton`` the posterior means lean on the prior, and shifts and gates are found in turn,
+    starting from open gates: an edge stays if training would have held it open.
     """
     _check_how(how, drift=drift)
+    _check_gates(gates, how, model.prior.gate)
     larger = extend(model, design)
     new = range(model.prior.design.n_conditions, design.n_conditions)
     _check_new(cells, design, new, n_known=model.prior.design.n_targets)
@@ -123,9 +190,9 @@ def adapt(
         return larger
     if how == "gradient":
         return _adapt_by_gradient(larger, cells, config, drift=drift)
-    for _ in range(_MOST_PASSES if larger.newton else 1):
-        if _move_shifts(larger, cells, new) < _CLOSE_ENOUGH:
-            break
+    _settle(larger, cells, new, OpenGate(0, 0))
+    if gates == "learned":
+        _settle(larger, cells, new, model.prior.gate)
     return larger
 
 
@@ -176,12 +243,10 @@ def protocol(
         As in `adapt`.
     """
     _check_how(how, drift=drift)
-    binary = binarise(model)
-    refitted = copy.deepcopy(binary)
-    fit(refitted, train, replace(config, warmup_epochs=1), validation=validation)
+    refitted = refit(model, train, config, validation=validation)
     stages = {
         "trained": extend(model, design),
-        "binarised": extend(binary, design),
+        "binarised": extend(binarise(model), design),
         "refitted": extend(refitted, design),
         "adapted": adapt(refitted, adaptation, design=design, how=how, drift=drift),
     }
@@ -202,16 +267,48 @@ def _stage_table(
     return pd.concat(tables, ignore_index=True)
 
 
+def _settle(model: SMSVAE, cells: Cells, new: range, gate: Gate) -> None:
+    """Learn the new shifts, and their gates under the sparsity of ``gate``."""
+    for _ in range(_MOST_PASSES if model.newton else 1):
+        if _move_shifts(model, cells, new, gate) < _CLOSE_ENOUGH:
+            break
+
+
 @torch.no_grad()
-def _move_shifts(model: SMSVAE, cells: Cells, new: range) -> float:
+def _move_shifts(model: SMSVAE, cells: Cells, new: range, gate: Gate) -> float:
     """Set each new shift to the mean of its cells' posterior means; return the largest move."""
     codes = torch.from_numpy(latents(model, cells)).to(model.device)
-    slab, dose = model.prior.slab.mean, model.prior.dose
-    before = slab.clone()
+    prior = model.prior
+    before = prior.gate() * prior.slab()
     for row in new:
-        target = int(dose[row].argmax())
-        slab[target] = codes[cells.condition == row].mean(0) / dose[row, target]
-    return float((slab - before).abs().max())
+        target, mine = int(prior.dose[row].argmax()), codes[cells.condition == row]
+        mean = mine.mean(0)
+        prior.slab.mean[target] = mean / prior.dose[row, target]
+        prior.gate.probability[target] = _best_gate(gate, len(mine) * mean.square() / 2)
+    return float((prior.gate() * prior.slab() - before).abs().max())
+
+
+def _best_gate(gate: Gate, evidence: Float[Tensor, " latent"]) -> Float[Tensor, " latent"]:
+    """Return the pi that maximises ``pi * evidence - penalty(pi)``, as derived in `adapt`."""
+    if isinstance(gate, L1Gate):
+        return (evidence > gate.strength).to(evidence)
+    if not isinstance(gate, BetaGate):
+        return torch.ones_like(evidence)
+    return {"tied": _best_tied, "profile": _best_profile, "collapsed": _best_collapsed}[
+        gate.weight
+    ](evidence, gate.alpha).clamp(0.0, 1.0)
+
+
+def _best_tied(evidence: Float[Tensor, " latent"], alpha: float) -> Float[Tensor, " latent"]:
+    return 1.0 - (alpha - 1.0) / evidence.clamp(min=_NO_NATS)
+
+
+def _best_profile(evidence: Float[Tensor, " latent"], alpha: float) -> Float[Tensor, " latent"]:
+    return (1.0 - alpha * (-evidence).exp()) / -torch.expm1(-evidence.clamp(min=_NO_NATS))
+
+
+def _best_collapsed(evidence: Float[Tensor, " latent"], alpha: float) -> Float[Tensor, " latent"]:
+    return (evidence - math.log(alpha)).sigmoid()
 
 
 def _adapt_by_gradient(
@@ -236,6 +333,21 @@ def _check_how(how: str, *, drift: bool) -> None:
         raise ValueError(
             "drift=True with how='closed-form', which moves no running statistics; leave it out "
             "or use how='gradient'"
+        )
+
+
+def _check_gates(gates: str, how: str, gate: Gate) -> None:
+    if gates not in ("open", "learned"):
+        raise ValueError(f"gates is {gates!r}; expected 'open' or 'learned'")
+    if gates == "learned" and how != "closed-form":
+        raise ValueError(
+            f"gates='learned' with how={how!r}; gates are learned in closed form, "
+            "how='closed-form'"
+        )
+    if gates == "learned" and not isinstance(gate, LogitGate | OpenGate):
+        raise ValueError(
+            f"gates='learned', but those of the model are fixed ({type(gate).__name__}) and tell "
+            "no sparsity; adapt the model as trained, before binarise or refit"
         )
 
 
