@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     import anndata
     import scipy.sparse
 
-__all__ = ["Cells", "Design", "from_anndata", "minibatches", "seeded", "split_cells"]
+__all__ = [
+    "Cells",
+    "Design",
+    "from_anndata",
+    "minibatches",
+    "seeded",
+    "split_cells",
+    "unknown_names",
+    "why_not_counts",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +104,11 @@ class Design:
         Raises
         ------
         KeyError
-            If a name is unknown; the nearest known names are listed.
+            If names are unknown; all of them are listed, with the nearest known ones.
         """
         position = {name: row for row, name in enumerate(self.conditions)}
-        for name in conditions:
-            if name not in position:
-                raise KeyError(f"unknown condition {name!r}{_nearest(name, self.conditions)}")
+        if unknown := unknown_names("condition", conditions, position):
+            raise KeyError(unknown)
         return torch.tensor([position[name] for name in conditions], dtype=torch.long)
 
     def to(self, device: str | torch.device) -> Design:
@@ -278,6 +286,58 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def unknown_names(what: str, names: Iterable[str], known: Iterable[str]) -> str:
+    """Say which names are not known, all of them, each with the nearest that are.
+
+    Parameters
+    ----------
+    what : str
+        What is named, in the singular: ``"condition"``.
+    names, known : iterable of str
+
+    Returns
+    -------
+    str
+        ``"unknown gene 'STAT'; nearest known: ['STAT1'], unknown gene ..."``; empty if all are
+        known.
+    """
+    known = dict.fromkeys(known)
+    missing = [name for name in dict.fromkeys(names) if name not in known]
+    return ", ".join(f"unknown {what} {name!r}{_nearest(name, known)}" for name in missing)
+
+
+def why_not_counts(counts: np.ndarray | scipy.sparse.csr_matrix) -> str:
+    """Say by what a matrix that is not raw counts was noticed, and what it may be instead.
+
+    Parameters
+    ----------
+    counts : array or CSR, (n_cells, n_genes)
+
+    Returns
+    -------
+    str
+        How many stored values are no counts and the largest value; and, if the first hundred
+        cells all add up to the same, as they are or after ``expm1``, that they were normalised.
+    """
+    values = counts.ravel() if isinstance(counts, np.ndarray) else counts.data
+    largest = f"{np.nanmax(values, initial=0):.4g}"
+    noticed = (
+        f"{int(_no_count(values).sum()):,} of {values.size:,} stored values are no counts, and "
+        f"the largest value is {largest}"
+    )
+    first = counts[:100]
+    first = np.asarray(first if isinstance(first, np.ndarray) else first.toarray(), dtype=float)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for sums, kind in ((first.sum(1), "scaled"), (np.expm1(first).sum(1), "log1p-normalised")):
+            if len(sums) > 1 and np.isfinite(sums).all() and np.ptp(sums) < 1e-3 * abs(sums[0]):
+                return f"{noticed}; every cell adds up to {sums[0]:.6g}: these are {kind} counts"
+    return noticed
+
+
+def _no_count(values: np.ndarray) -> np.ndarray:
+    return ~np.isfinite(values) | (values < 0) | (values != np.floor(values))
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
     names = [str(k) for k in known]
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
@@ -339,15 +399,15 @@ def _check_counts(
 ) -> None:
     """Raise a ValueError that names the first entry which is not a count."""
     values = counts if isinstance(counts, np.ndarray) else counts.data
-    bad = ~np.isfinite(values) | (values < 0) | (values != np.floor(values))
+    bad = _no_count(values)
     if bad.any():
         cell, gene = _first(bad, counts)
         where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
         others = [name for name in (None, *adata.layers) if name != layer]
         raise ValueError(
             f"{where} holds {counts[cell, gene]} for cell {adata.obs_names[cell]!r}, gene "
-            f"{adata.var_names[gene]!r}; expected raw counts (non-negative integers). "
-            f"Pass layer= if they are elsewhere (available: {others})"
+            f"{adata.var_names[gene]!r}; expected raw counts (non-negative integers). Noticed: "
+            f"{why_not_counts(counts)}. Pass layer= if they are elsewhere (available: {others})"
         )
     empty = np.asarray(counts.sum(1)).ravel() == 0
     if empty.any():

@@ -1,22 +1,20 @@
-"""Real Perturb-seq screens: where the files are, how to read them, and what quality control drops.
+"""Real Perturb-seq screens: how to read them, and what quality control drops.
 
-A `Source` is an address, a size, a checksum, a licence and the name of a reader. `fetch` looks for
-its file in the data directory, verifies it, and only then asks the network. Everything returned is
-AnnData, cells x genes, raw UMIs; `smslib.data.from_anndata` takes it from there.
+The files themselves are `smslib.sources`' work. Everything returned is AnnData, cells x genes, raw
+UMIs; `smslib.data.from_anndata` takes it from there. ``python -m smslib.perturbseq`` lists,
+fetches and prepares.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
-import http.client
+import errno
 import os
+import shutil
 import sys
-import tempfile
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import textwrap
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +24,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smslib.data import Design
+from smslib import sources
+from smslib.data import Design, unknown_names, why_not_counts
+from smslib.sources import SOURCES, GeneLists, Source, available, data_dir, fetch, gene_lists
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTROL",
     "SOURCES",
+    "GeneLists",
     "GeneSet",
     "Source",
     "assign_guides",
@@ -44,102 +45,17 @@ __all__ = [
     "data_dir",
     "fetch",
     "filter_screen",
+    "gene_lists",
     "hold_out",
     "pathways",
     "read",
+    "read_h5ad",
     "summarise",
 ]
 
 CONTROL = "non-targeting"  # how guide-level screens name their controls
 
-_SCHEMES = ("https", "file")
-_CHUNK = 1 << 18  # bytes per read
-_PATIENCE = 30.0  # seconds without a byte before a download counts as failed
 _LARGEST_UNIT = 16  # most UMIs that the smallest non-zero value of a cell may stand for
-
-
-@dataclass(frozen=True)
-class Source:
-    """One public file: where it is, what it must hash to, and what reads it.
-
-    Parameters
-    ----------
-    name : str
-        What `fetch` and `read` call it.
-    url : str
-        An https (or file) address that always serves the same bytes; empty if the file in this
-        form has no public address.
-    filename : str
-        Its name in the data directory.
-    bytes : int
-        Its size.
-    sha256 : str
-        Its checksum, in hexadecimal.
-    licence, citation : str
-        Of the file, and of the experiment in it.
-    description : str
-        Cells, genes and perturbations in one sentence.
-    reader : str
-        Key of the function that `read` applies.
-    """
-
-    name: str
-    url: str
-    filename: str
-    bytes: int
-    sha256: str
-    licence: str
-    citation: str
-    description: str
-    reader: str
-
-
-_ALL = (
-    Source(
-        name="papalexi2021",
-        url="https://raw.githubusercontent.com/Katsevich-Lab/sceptredata/"
-        "ec722d5df90dfd34ace6cc9a5745ab6a5c2a6731/data/lowmoi_example_data.rda",
-        filename="lowmoi_example_data.rda",
-        bytes=1_358_267,
-        sha256="e3f8ad09bb4b1d0deeeec2850a2d96f8f5062fef31a9ab1cc080e60560421b6a",
-        licence="MIT (the file, as part of sceptredata)",
-        citation="Papalexi et al. (2021), Nature Genetics 53:322-331, "
-        "doi:10.1038/s41588-021-00778-2; GEO GSE153056",
-        description="ECCITE-seq knock-outs in THP-1: 20,729 cells x 299 genes (a random 2 % of "
-        "the transcriptome and some targets), 110 guides, three replicates",
-        reader="papalexi",
-    ),
-    Source(
-        name="norman2019-mini",
-        url="https://raw.githubusercontent.com/altoslabs/perturbench/"
-        "d357dfae3b50968e800e9f5f273ff145080ae67c/src/perturbench/data/resources/devel.h5ad",
-        filename="devel.h5ad",
-        bytes=1_142_678,
-        sha256="220998f5630c813228c8661c86dd52244b9ac87127511289af90e0d900d8429b",
-        licence="BSD-3-Clause (the file, as part of perturbench)",
-        citation="Norman et al. (2019), Science 365:786-793, doi:10.1126/science.aax4438, GEO "
-        "GSE133344; McFaline-Figueroa et al. (2023), GEO GSM7056149",
-        description="CRISPRa in K562 (18 singles, 15 doubles) and CRISPRi of nine of the same "
-        "genes in three glioma lines: 5,961 cells x 500 variable genes",
-        reader="norman",
-    ),
-    Source(
-        name="replogle2022-gene-lists",
-        url="",
-        filename="replogle2022_gene_lists.tsv",
-        bytes=73_070,
-        sha256="16f73bee10e152a7cbb744ec9a5652c8bbc0a82fd444d0a6d1eabc28bbf0a65f",
-        licence="facts from a published table",
-        citation="Replogle et al. (2022), Cell 185:2559-2575, doi:10.1016/j.cell.2022.05.013, "
-        "Supplementary Table 3, as typed into entry_points/replogle-preprocessing.ipynb of "
-        "github.com/Genentech/sVAE at commit 48685f6",
-        description="the perturbation clusters, gene programs and held-out pathways by which "
-        "the sVAE+ paper cut the genome-wide screen",
-        reader="table",
-    ),
-)
-
-SOURCES: Mapping[str, Source] = {source.name: source for source in _ALL}
 
 
 @dataclass(frozen=True)
@@ -161,193 +77,6 @@ class GeneSet:
     source: str
 
 
-# ------------------------------------------------------------------------------------- files
-
-
-def data_dir() -> Path:
-    """Return where data files are kept: ``SMS_DATA_DIR`` if set, else the user's cache.
-
-    Returns
-    -------
-    Path
-        A folder, which need not exist.
-    """
-    chosen = os.environ.get("SMS_DATA_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    import pooch
-
-    return Path(pooch.os_cache("smslib"))
-
-
-def fetch(name: str, *, directory: str | os.PathLike[str] | None = None) -> Path:
-    """Return the verified local file of a source, downloading it only if it is not there.
-
-    Parameters
-    ----------
-    name : str
-        A key of ``SOURCES``.
-    directory : path, optional
-        Where to look and to store; `data_dir` by default. It may be read-only if it holds the
-        file.
-
-    Returns
-    -------
-    Path
-        The file, whose SHA-256 is the source's.
-
-    Raises
-    ------
-    KeyError
-        If the source is unknown.
-    ValueError
-        If the file, found or downloaded, has another SHA-256 than the source. The bad file is
-        kept beside under the name ``<filename>.bad``.
-    ConnectionError
-        If the file is not there and cannot be downloaded; the message says which file to put
-        where.
-    """
-    source = _source(name)
-    path = (data_dir() if directory is None else Path(directory)) / source.filename
-    if path.exists():
-        _verify(path, source, kept=path)
-    else:
-        _download(source, path)
-    return path
-
-
-def available(name: str, *, directory: str | os.PathLike[str] | None = None) -> bool:
-    """Say whether a source is on disk or can be downloaded, without doing so or raising.
-
-    True if a file with the right checksum is there; a file with another one is not looked
-    beyond. Without a file the source's address is asked, with five seconds to answer.
-
-    Parameters
-    ----------
-    name : str
-        A key of ``SOURCES``; False for any other.
-    directory : path, optional
-        As in `fetch`.
-
-    Returns
-    -------
-    bool
-        Whether `read` has something to read.
-    """
-    try:
-        source = _source(name)
-        path = (data_dir() if directory is None else Path(directory)) / source.filename
-        if path.exists():
-            return _sha256(path) == source.sha256
-        with _open_url(source.url, patience=5.0):
-            return True
-    except (KeyError, ValueError, OSError, http.client.HTTPException):
-        return False
-
-
-def _source(name: str) -> Source:
-    if name not in SOURCES:
-        raise KeyError(f"unknown source {name!r}; known: {sorted(SOURCES)}")
-    return SOURCES[name]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _verify(path: Path, source: Source, *, kept: Path) -> None:
-    """Raise unless ``path`` is the source's file; then set it aside as ``<kept>.bad``."""
-    found = _sha256(path)
-    if found == source.sha256:
-        return
-    aside = kept.with_name(kept.name + ".bad")
-    try:
-        os.replace(path, aside)
-        where = f"it is kept as {aside}; fetch again to download a fresh copy"
-    except OSError as error:
-        where = f"it could not be set aside ({error.strerror}); remove {path} yourself"
-    raise ValueError(
-        f"{source.filename} has sha256 {found} ({source.name}), expected {source.sha256}; {where}"
-    )
-
-
-def _download(source: Source, path: Path) -> None:
-    """Download beside ``path``, verify, and only then move into place."""
-    with _scratch(source, path) as temporary:
-        try:
-            with _open_url(source.url, patience=_PATIENCE) as response:
-                received = _copy(response, temporary, source)
-        except (ValueError, OSError, http.client.HTTPException) as error:
-            raise ConnectionError(_put_it_there(source, path, str(error))) from error
-        if received < source.bytes:
-            short = f"the connection closed after {received:,} bytes"
-            raise ConnectionError(_put_it_there(source, path, short))
-        _verify(temporary, source, kept=path)
-        os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _scratch(source: Source, path: Path) -> Iterator[Path]:
-    """Lend a path on the same file system as ``path``; what is left there is deleted."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-")
-    except OSError as error:
-        raise ConnectionError(
-            f"{source.filename} is not in {path.parent}, which cannot be written to "
-            f"({error.strerror}); set SMS_DATA_DIR to a folder of yours"
-        ) from error
-    with folder:
-        yield Path(folder.name) / path.name
-
-
-def _open_url(url: str, *, patience: float) -> Any:  # noqa: ANN401 (http and file answers differ)
-    """Open an address, refusing whatever is not (or is redirected away from) ``_SCHEMES``."""
-    _check_scheme(url)
-    request = urllib.request.Request(url, headers={"User-Agent": "smslib"})
-    response = urllib.request.urlopen(request, timeout=patience)
-    try:
-        _check_scheme(response.url)
-    except ValueError:
-        response.close()
-        raise
-    return response
-
-
-def _check_scheme(url: str) -> None:
-    if not url:
-        raise ValueError("it has no public address in this form")
-    if urllib.parse.urlsplit(url).scheme not in _SCHEMES:
-        raise ValueError(f"{url} is not one of {_SCHEMES}")
-
-
-def _copy(
-    response: Any,  # noqa: ANN401 (http and file answers differ)
-    path: Path,
-    source: Source,
-) -> int:
-    """Write an answer to disk with a progress bar (on a terminal only); return its bytes."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=source.bytes, desc=source.filename, unit="B", unit_scale=True, disable=None)
-    with path.open("wb") as file, bar:
-        while chunk := response.read(_CHUNK):
-            bar.update(file.write(chunk))
-        file.flush()
-        os.fsync(file.fileno())
-    return path.stat().st_size
-
-
-def _put_it_there(source: Source, path: Path, reason: str) -> str:
-    origin = source.url or source.citation
-    return (
-        f"cannot download {source.name}: {reason}. Put the file {source.filename} "
-        f"({source.bytes:,} bytes, sha256 {source.sha256}) into {path.parent}; it comes from "
-        f"{origin}. Or point SMS_DATA_DIR at a folder that holds it"
-    )
-
-
 # ----------------------------------------------------------------------------------- readers
 
 
@@ -359,7 +88,7 @@ def read(name: str, *, directory: str | os.PathLike[str] | None = None) -> AnnDa
     name : str
         A key of ``SOURCES``.
     directory : path, optional
-        As in `fetch`.
+        As in `smslib.sources.fetch`.
 
     Returns
     -------
@@ -369,16 +98,74 @@ def read(name: str, *, directory: str | os.PathLike[str] | None = None) -> AnnDa
         those columns); it has no labels yet, see `assign_guides`. ``norman2019-mini``:
         ``obs["condition"]`` (``control``, ``KLF1``, ``KLF1+MAP2K6``), ``obs["cell_type"]``,
         ``obs["perturbation_type"]``, and ``obs["total"]``, the UMIs of the cell over all genes
-        before the file was cut to its 500.
+        before the file was cut to its 500. ``papalexi2021-full``: ``obs["guide"]`` and
+        ``obs["target"]``, controls ``"non-targeting"``. ``norman2019`` and ``adamson2016-*``: the
+        columns of the file. ``replogle2022-*`` are too large: ``X`` stays in the file, as it is
+        there; `smslib.prepare` cuts it.
     DataFrame
         ``replogle2022-gene-lists``: columns ``list``, ``name``, ``symbol``.
 
     Raises
     ------
     KeyError, ValueError, ConnectionError
-        As in `fetch`; ValueError also if the file does not hold counts.
+        As in `smslib.sources.fetch`; ValueError also if the file does not hold counts.
     """
-    return _READERS[_source(name).reader](fetch(name, directory=directory))
+    return _READERS[sources.find(name).reader](fetch(name, directory=directory))
+
+
+def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
+    """Read an .h5ad file, or say what is wrong with it: cut short, no HDF5, no AnnData.
+
+    Parameters
+    ----------
+    path : path
+    backed : bool
+        Leave ``X`` in the file.
+
+    Returns
+    -------
+    AnnData
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a whole .h5ad file.
+    """
+    import anndata
+
+    _check_h5ad(Path(path))
+    return anndata.read_h5ad(path, backed="r" if backed else None)
+
+
+def _check_h5ad(path: Path) -> None:
+    import h5py
+
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such file; expected an .h5ad file", str(path))
+    if not h5py.is_hdf5(path):
+        raise ValueError(
+            f"{path} begins with {_beginning(path)}, which is not HDF5; expected an .h5ad file"
+        )
+    try:
+        with h5py.File(path) as file:
+            held = set(file)
+    except OSError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is cut short or damaged ({error}); copy or "
+            "download it again"
+        ) from error
+    if missing := {"X", "obs", "var"} - held:
+        raise ValueError(
+            f"{path} has no {sorted(missing)} but {sorted(held)}; expected an .h5ad file as "
+            "AnnData.write_h5ad makes it"
+        )
+
+
+def _beginning(path: Path) -> str:
+    with path.open("rb") as file:
+        return repr(file.read(16))
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -407,7 +194,17 @@ def _parse_rda(path: Path) -> Mapping[str, Any]:
     import rdata
 
     classes = {"dgTMatrix": _r_sparse, "dgCMatrix": _r_sparse}
-    return rdata.read_rda(path, constructor_dict={**rdata.conversion.DEFAULT_CLASS_MAP, **classes})
+    classes = {**rdata.conversion.DEFAULT_CLASS_MAP, **classes}
+    try:
+        held = rdata.read_rda(path, constructor_dict=classes)
+    except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:
+        raise ValueError(
+            f"{path} cannot be read as an .rda file ({type(error).__name__}: {error}); it begins "
+            f"with {_beginning(path)} and may be cut short or of another kind"
+        ) from error
+    if "lowmoi_example_data" not in held:
+        raise ValueError(f"{path} holds {sorted(held)}; expected 'lowmoi_example_data'")
+    return held
 
 
 def _r_sparse(
@@ -429,7 +226,10 @@ def _umis(matrix: sparse.csr_matrix, what: str) -> sparse.csr_matrix:
     """Return the matrix as int32, refusing to change a value."""
     whole = matrix.astype(np.int32)
     if (whole.data != matrix.data).any() or (whole.data < 0).any():
-        raise ValueError(f"{what} holds values that are not counts; expected raw UMIs")
+        raise ValueError(
+            f"{what} holds values that are not counts; expected raw UMIs. Noticed: "
+            f"{why_not_counts(matrix)}"
+        )
     return whole
 
 
@@ -452,10 +252,34 @@ def _guide_targets(table: pd.DataFrame, guides: Iterable[str]) -> pd.DataFrame:
     return frame.assign(target=[target[guide] for guide in frame.index])
 
 
+def _read_whole(path: Path) -> AnnData:
+    """Read a file that fits into memory, as CSR int32."""
+    from scipy import sparse
+
+    stored = read_h5ad(path)
+    stored.X = _umis(sparse.csr_matrix(stored.X), f"{path.name}: X")
+    return stored
+
+
+def _read_backed(path: Path) -> AnnData:
+    return read_h5ad(path, backed=True)
+
+
+def _read_papalexi_full(path: Path) -> AnnData:
+    """Read scPerturb's copy, whose labels are guides (``ATF2g1``) or ``control``."""
+    stored = _read_whole(path)
+    guide = _column(stored, "perturbation").astype(str)
+    target = guide.str.replace(r"g\d+$", "", regex=True).where(guide != "control", CONTROL)
+    stored.obs = stored.obs.assign(
+        guide=guide.astype("category"), target=target.astype("category")
+    )
+    return stored
+
+
 def _read_norman(path: Path) -> AnnData:
     import anndata
 
-    stored = anndata.read_h5ad(path)
+    stored = read_h5ad(path)
     counts, total = counts_from_log1p(stored.X)
     obs = stored.obs.assign(total=total)
     return anndata.AnnData(X=counts, obs=obs, var=stored.var)
@@ -529,7 +353,10 @@ def _whole_numbers(
 
 _READERS: Mapping[str, Callable[[Path], Any]] = {
     "papalexi": _read_papalexi,
+    "papalexi-full": _read_papalexi_full,
     "norman": _read_norman,
+    "h5ad": _read_whole,
+    "backed": _read_backed,
     "table": _read_table,
 }
 
@@ -720,13 +547,21 @@ def summarise(adata: AnnData, *, key: str = "target", control: str = CONTROL) ->
     return frame.loc[[control, *frame.index.drop(control)]]
 
 
-def _check_labels(adata: AnnData, key: str, control: str) -> None:
+def _column(adata: AnnData, key: str) -> pd.Series:
     if key not in adata.obs:
-        raise KeyError(f"{key!r} is not in adata.obs; columns: {list(adata.obs)}")
-    if control not in set(adata.obs[key]):
+        raise KeyError(
+            f"{key!r} is not in adata.obs: {unknown_names('column', [key], adata.obs)}; columns: "
+            f"{list(adata.obs)}"
+        )
+    return adata.obs[key]
+
+
+def _check_labels(adata: AnnData, key: str, control: str) -> None:
+    labels = set(_column(adata, key).astype(str))
+    if control not in labels:
         raise ValueError(
-            f"control {control!r} is not in adata.obs[{key!r}]; "
-            f"its values begin with {sorted(set(adata.obs[key].astype(str)))[:5]}"
+            f"control {control!r} is not in adata.obs[{key!r}]: "
+            f"{unknown_names('label', [control], sorted(labels))}"
         )
 
 
@@ -838,13 +673,12 @@ def hold_out(
     Raises
     ------
     KeyError
-        If a gene is not a target of the design.
+        If genes are no targets of the design; all of them are listed, with the nearest targets.
     ValueError
         If ``genes`` is empty, or no perturbation is left to train on.
     """
-    unknown = sorted(set(genes) - set(design.targets))
-    if unknown:
-        raise KeyError(f"{unknown} are not targets of the design, which are {design.targets}")
+    if unknown := unknown_names("target", genes, design.targets):
+        raise KeyError(unknown)
     chosen = torch.tensor([target in set(genes) for target in design.targets])
     held = design.matrix[:, chosen.to(design.matrix.device)].ne(0).any(dim=1).cpu()
     if not held.any() or held[1:].all():
@@ -857,21 +691,128 @@ def hold_out(
 
 # ------------------------------------------------------------------------------ command line
 
+_EXAMPLES = """
+examples:
+  python -m smslib.perturbseq list
+  python -m smslib.perturbseq fetch papalexi2021
+  python -m smslib.perturbseq prepare replogle2022-k562-gwps-scperturb --controls 2000
+  python -m smslib.perturbseq prepare replogle2022-k562-gwps --file look_alike.h5ad --out cut.h5ad
+
+Files are kept in the folder that SMS_DATA_DIR names, else in the user's cache. A download that was
+interrupted goes on where it stopped. Sizes and licences: the command list.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """List the sources or fetch one: ``python -m smslib.perturbseq {list, fetch NAME}``."""
-    parser = argparse.ArgumentParser(prog="python -m smslib.perturbseq", description=main.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="name, size and whether the file is here")
-    commands.add_parser("fetch", help="download and verify").add_argument("name", choices=SOURCES)
-    options = parser.parse_args(arguments)
-    if options.command == "fetch":
-        sys.stdout.write(f"{fetch(options.name)}\n")
-        return 0
-    for source in SOURCES.values():
-        here = "here" if (data_dir() / source.filename).exists() else "not here"
-        sys.stdout.write(f"{source.name}\t{source.bytes:,} bytes\t{here}\n")
+    """List the public screens, fetch one, or prepare one as the sVAE+ paper did.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        What stands behind the command's name; the process's own by default.
+
+    Returns
+    -------
+    int
+        The exit status: 0, 1 after an error that was explained in one line, 130 if interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        sys.stdout.write(options.run(options))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where this one stopped\n")
+        return 130
+    except (KeyError, ValueError, OSError, ImportError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        sys.stderr.write(f"error: {message}\n")
+        return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    texts = {"epilog": _EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(
+        prog="python -m smslib.perturbseq",
+        description="List the public screens, fetch one, or prepare one as the sVAE+ paper did.",
+        **texts,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="names, sizes, licences, and what is here", **texts)
+    listing.set_defaults(run=_list)
+    fetching = commands.add_parser("fetch", help="download and verify one", **texts)
+    fetching.add_argument("name", metavar="NAME", help="as the command list prints it")
+    fetching.set_defaults(run=lambda options: f"{fetch(options.name)}\n")
+    _add_prepare(commands.add_parser("prepare", help="fetch one and cut it", **texts))
+    return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(_with_recipe())}")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the .h5ad file to write")
+    parser.add_argument(
+        "--controls",
+        metavar="N",
+        type=_controls,
+        help="control cells to keep beside the perturbed ones, a number or all (Replogle; the "
+        "paper kept none, the default)",
+    )
+    parser.add_argument(
+        "--file",
+        metavar="FILE",
+        type=Path,
+        help="cut this file of the source's schema (a copy, a look-alike) instead of fetching",
+    )
+    parser.set_defaults(run=_prepare)
+
+
+def _controls(text: str) -> int | str:
+    if text == "all" or text.isdecimal():
+        return text if text == "all" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of cells nor 'all'")
+
+
+def _with_recipe() -> list[str]:
+    return [source.name for source in sources.SOURCES.values() if source.recipe]
+
+
+def _prepare(options: argparse.Namespace) -> str:
+    """Fetch a source unless a file is given, cut it by its recipe, return the path written."""
+    source = sources.find(options.name)
+    if not source.recipe:
+        raise ValueError(f"no recipe prepares {source.name}; it does {', '.join(_with_recipe())}")
+    extra: dict[str, Any] = {}
+    if options.controls is not None:
+        if source.recipe != "replogle":
+            raise ValueError(f"--controls does not apply to {source.name}, which keeps them all")
+        extra["controls"] = options.controls
+    if source.recipe == "replogle":
+        extra["lists"] = gene_lists()
+    from smslib import prepare  # here, as it builds on this module
+
+    path = options.file or fetch(source.name)
+    return f"{getattr(prepare, source.recipe)(path, out=options.out, **extra)}\n"
+
+
+def _list(_options: argparse.Namespace) -> str:
+    """Return the table of sources: name, size, licence, what is here, what it is."""
+    folder = data_dir()
+    rows = [
+        (s.name, sources.size_text(s.bytes), sources.state(s.name), s.licence.split(" (")[0])
+        for s in sources.SOURCES.values()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [f"files in {folder} ({_room(folder)})"]
+    for row, source in zip(rows, sources.SOURCES.values(), strict=True):
+        cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        about = textwrap.indent(textwrap.fill(source.description, 90), "    ")
+        lines += [cells.rstrip(), about]
+    return "\n".join(lines) + "\n"
+
+
+def _room(folder: Path) -> str:
+    """Return the free space of the disk that holds, or would hold, a folder."""
+    here = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return f"{sources.size_text(shutil.disk_usage(here).free)} free"
 
 
 if __name__ == "__main__":

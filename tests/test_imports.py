@@ -31,8 +31,10 @@ MAY_IMPORT = {
     **{name: set() for name in ALONE},
     "newton": set(),
     "sweep": set(CHAIN[: CHAIN.index("sweep")]) | {"store"},
-    "simulate": {"data", "distributions"},
-    "perturbseq": {"data"},
+    "simulate": {"data", "distributions", "lookalike"},
+    "lookalike": {"data", "perturbseq"},
+    "sources": {"data"},
+    "perturbseq": {"data", "prepare", "sources"},  # prepare: for its command line alone
     "estimator": set(CHAIN) - {"benchmark"} | ALONE,
     "studies": {"recipes", "sweep"},
     "ceilings": {"data", "metrics", "model", "simulate"},
