@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "sweep": set(CHAIN[: CHAIN.index("sweep")]) | {"store"},
     "simulate": {"data", "distributions", "lookalike"},
     "lookalike": {"data", "perturbseq"},
-    "sources": {"data"},
+    "sources": set(),
     "perturbseq": {"data", "prepare", "sources"},  # prepare: for its command line alone
     "estimator": set(CHAIN) - {"benchmark"} | ALONE,
     "studies": {"recipes", "sweep"},
@@ -41,6 +41,8 @@ MAY_IMPORT = {
     "benchmark": set(CHAIN) | ALONE | {"ceilings", "controls", "simulate", "studies"},
     "controls": {"metrics"},
     "screens": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq"},
+    "holdouts": set(CHAIN) | ALONE | {"lookalike", "perturbseq", "screens"},
+    "prediction": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq", "prediction", "screens"},
 }
 CHATTY = {"print", "breakpoint", "input", "exec", "eval"}
 GLOBAL_STATE = {

@@ -1,0 +1,898 @@
+"""Prediction of perturbed expression, always beside the baselines that shame many deep models.
+
+What a perturbation does to the mean expression of the genes, by a model and by the data, on one
+scale: the difference from control of log1p(mean normalised UMIs). The mean is taken before the
+logarithm, so that a model's expectation and an average of cells estimate the same number, however
+few UMIs the cells have. (The mean over cells of log1p(normalised UMIs) depends on their depth.)
+
+``python -m smslib.prediction`` runs what is missing of the study on the small real screens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smslib import metrics, perturbseq, screens, store, sweep
+from smslib.data import Cells, Design, from_anndata, split_cells
+from smslib.model import SMSVAE
+from smslib.priors import METHODS
+from smslib.sweep import Config
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "BASELINES",
+    "STUDY",
+    "Effects",
+    "Known",
+    "additive",
+    "effects",
+    "embed",
+    "evaluate",
+    "nearest",
+    "no_effect",
+    "predict",
+    "predicted_effects",
+    "ridge",
+    "score",
+    "summarise",
+    "training_mean",
+]
+
+_SEPARATOR = "+"  # of the targets of a combination
+_N_TOP = 20  # genes with the largest observed effect
+_N_COMPONENTS = 10  # of the gene embedding
+_PENALTY = 0.1  # of the ridge
+_N_FOLDS = 5  # of the held-out targets
+_ROUNDING = 1e-12
+_SHARES = (0.5, 0.25, 0.25)  # of the cells: to learn from, and two halves to score on
+_SHIFT_FREE = ("vae", "beta-vae")  # whatever their weights, they predict the control
+_REFERENCES = ("training-mean", "additive")
+_SCORES = tuple(
+    name + suffix for suffix in ("", "_top") for name in ("pearson", "cosine", "r2", "rmse_ratio")
+)
+
+
+class Effects(NamedTuple):
+    """Average treatment effects: log1p(mean normalised UMIs) minus the control's."""
+
+    value: Float[np.ndarray, "condition gene"]
+    """Natural-log units."""
+    standard_error: Float[np.ndarray, "condition gene"]
+    """Of the cells (data) or of the Monte-Carlo draws (model), by the delta method."""
+
+
+# ------------------------------------------------------------------------- what a model predicts
+
+
+def predict(
+    model: SMSVAE,
+    conditions: Sequence[str],
+    *,
+    design: Design | None = None,
+    library: float = 1e4,
+    n_draws: int = 1000,
+    seed: int = 0,
+) -> Float[np.ndarray, "condition gene"]:
+    """Return the expected expression of every gene under given perturbations.
+
+    The mean of p(x | z, library) over z ~ p(z | c), at the modal graph (gates open or shut). The
+    shift of a combination that the model was not trained on is the sum of its targets' shifts.
+    A model without shifts (VAE, beta-VAE) predicts the control, whatever the condition.
+
+    Parameters
+    ----------
+    model : SMSVAE
+    conditions : sequence of str
+        Conditions or targets that the model knows, or sums of targets (``"KLF1+MAP2K6"``); its
+        control is one, too.
+    design : Design, optional
+        Further conditions, by their doses of the model's targets.
+    library : float
+        UMIs of the cell; the result is in proportion to it.
+    n_draws : int
+        Of z. All conditions share the same noise, so that their differences are paired; see
+        `predicted_effects` for how precise they are.
+    seed : int
+        Of that noise.
+
+    Returns
+    -------
+    array, (n_conditions, n_genes)
+        UMIs of a cell that has ``library`` of them: every row adds up to it.
+
+    Raises
+    ------
+    KeyError
+        If the model knows neither a condition nor one of its targets; the nearest are listed.
+    ValueError
+        If there are fewer than two draws, the library is not positive, or no condition is given.
+    """
+    shift = _shifts(model, _doses(model, conditions, design))
+    draws = _Draws(model, library, n_draws, seed)
+    return np.stack([draws.at(row).mean(0) for row in shift])
+
+
+def predicted_effects(
+    model: SMSVAE,
+    conditions: Sequence[str],
+    *,
+    design: Design | None = None,
+    library: float = 1e4,
+    n_draws: int = 1000,
+    seed: int = 0,
+) -> Effects:
+    """Return the effects that a model expects, with their Monte-Carlo standard errors.
+
+    Condition and control are drawn with the same noise: a perturbation without a shift has an
+    effect of exactly zero, and the error of a small effect is small.
+
+    Parameters
+    ----------
+    model, conditions, design, library, n_draws, seed
+        As in `predict`. The effects depend on the library, unless it is much above the number of
+        genes: use the one that the observed effects were normalised to.
+
+    Returns
+    -------
+    Effects
+
+    Raises
+    ------
+    KeyError, ValueError
+        As in `predict`.
+    """
+    shift = _shifts(model, _doses(model, conditions, design))
+    draws = _Draws(model, library, n_draws, seed)
+    base, base_part = _log_mean(draws.at(torch.zeros_like(shift[0])))
+    value, error = [], []
+    for row in shift:
+        level, part = _log_mean(draws.at(row))
+        value.append(level - base)
+        error.append(_standard_error(part - base_part))
+    return Effects(np.stack(value), np.stack(error))
+
+
+class _Draws:
+    """Expected UMIs given z, at the same draws of noise around any shift."""
+
+    def __init__(self, model: SMSVAE, library: float, n_draws: int, seed: int) -> None:
+        if n_draws < 2 or not library > 0:
+            raise ValueError(
+                f"n_draws is {n_draws} and library {library}; expected at least two draws and a "
+                "positive number of UMIs"
+            )
+        self.model = copy.deepcopy(model).eval()
+        generator = torch.Generator().manual_seed(seed)
+        self.noise = torch.randn(n_draws, model.n_latent, generator=generator).to(model.device)
+        self.library = torch.full((n_draws, 1), float(library), device=model.device)
+
+    @torch.no_grad()
+    def at(self, shift: Float[Tensor, " latent"]) -> Float[np.ndarray, "draw gene"]:
+        """Return the expected UMIs at every draw."""
+        return self.model.decode(shift + self.noise, self.library).mean.double().cpu().numpy()
+
+
+@torch.no_grad()
+def _shifts(
+    model: SMSVAE, dose: Float[Tensor, "condition target"]
+) -> Float[Tensor, "condition latent"]:
+    return dose.to(model.prior.dose) @ (model.prior.graph() * model.prior.slab())
+
+
+def _doses(
+    model: SMSVAE, conditions: Sequence[str], design: Design | None
+) -> Float[Tensor, "condition target"]:
+    """Return the dose of each of the model's targets, condition by condition."""
+    if not conditions:
+        raise ValueError("no conditions were given; expected at least one to predict")
+    known = model.prior.design
+    matrix = torch.zeros(len(conditions), known.n_targets)
+    for row, condition in enumerate(conditions):
+        for target, dose in _targets_of(condition, known, design).items():
+            matrix[row, _place(target, condition, known)] = dose
+    return matrix
+
+
+def _targets_of(condition: str, known: Design, design: Design | None) -> dict[str, float]:
+    """Return what a condition perturbs: as a design says, else as its name does."""
+    for given in (design, known):
+        if given is not None and condition in given.conditions:
+            dose = given.matrix[given.conditions.index(condition)].tolist()
+            return {name: d for name, d in zip(given.targets, dose, strict=True) if d}
+    return {part: 1.0 for part in condition.split(_SEPARATOR) if part != known.conditions[0]}
+
+
+def _place(target: str, condition: str, known: Design) -> int:
+    if target in known.targets:
+        return known.targets.index(target)
+    names = sorted({*known.targets, *known.conditions})
+    near = difflib.get_close_matches(target, names, n=3, cutoff=0.4)
+    raise KeyError(
+        f"condition {condition!r} perturbs {target!r}, of which the model knows no shift; "
+        + (f"nearest known: {near}" if near else f"known: {names[:10]}")
+    )
+
+
+# ------------------------------------------------------------------------- what the data show
+
+
+def effects(
+    counts: Float[np.ndarray, "cell gene"],
+    condition: Int[np.ndarray, " cell"],
+    *,
+    n_conditions: int | None = None,
+    library: float = 1e4,
+) -> Effects:
+    """Return the average treatment effects that cells show.
+
+    Parameters
+    ----------
+    counts : array, (n_cells, n_genes)
+        UMIs; a cell without any is refused.
+    condition : array of int, (n_cells,)
+        0 is the control.
+    n_conditions : int, optional
+        The largest condition plus one by default.
+    library : float
+        UMIs that every cell is scaled to. Much above what the cells have, a single UMI of a rare
+        gene becomes a large effect; their median UMIs is a good choice.
+
+    Returns
+    -------
+    Effects
+        One row per condition, the control's first: zero, with its own cells' standard error taken
+        twice. NaN where a condition has no cells; the standard error also where it has one.
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree, a cell has no UMIs, a condition is out of range, or there is no
+        control.
+    """
+    n_conditions = _checked_conditions(counts, condition, n_conditions)
+    normalised = library * counts / counts.sum(1, keepdims=True, dtype=float)
+    empty = np.full(counts.shape[1], np.nan)
+    level, variance = [], []
+    for row in range(n_conditions):
+        mine = normalised[condition == row]
+        mean, part = _log_mean(mine) if len(mine) else (empty, mine)
+        level.append(mean)
+        variance.append(_standard_error(part) ** 2 if len(mine) > 1 else empty)
+    level, variance = np.stack(level), np.stack(variance)
+    return Effects(level - level[0], np.sqrt(variance + variance[0]))
+
+
+def _checked_conditions(
+    counts: Float[np.ndarray, "cell gene"],
+    condition: Int[np.ndarray, " cell"],
+    n_conditions: int | None,
+) -> int:
+    """Return the number of conditions, if the cells can be used."""
+    if counts.ndim != 2 or condition.shape != counts.shape[:1]:
+        raise ValueError(
+            f"counts have shape {counts.shape} and condition {condition.shape}; expected "
+            "(n_cells, n_genes) and (n_cells,)"
+        )
+    found = np.unique(condition)
+    if 0 not in found:
+        raise ValueError(
+            "no cell has condition 0, the control that effects are relative to; add controls"
+        )
+    n_conditions = int(found[-1]) + 1 if n_conditions is None else n_conditions
+    if found[0] < 0 or found[-1] >= n_conditions:
+        raise ValueError(
+            f"conditions run from {found[0]} to {found[-1]}; expected 0 to {n_conditions - 1}"
+        )
+    empty = counts.sum(1) == 0
+    if empty.any():
+        raise ValueError(
+            f"{int(empty.sum())} cells have no UMIs, first cell {int(empty.argmax())}; remove them"
+        )
+    return n_conditions
+
+
+def _log_mean(
+    normalised: Float[np.ndarray, "draw gene"],
+) -> tuple[Float[np.ndarray, " gene"], Float[np.ndarray, "draw gene"]]:
+    """Return log1p(mean), and by how much each row moves it (to first order, times n)."""
+    mean = normalised.mean(0)
+    return np.log1p(mean), (normalised - mean) / (1.0 + mean)
+
+
+def _standard_error(parts: Float[np.ndarray, "draw gene"]) -> Float[np.ndarray, " gene"]:
+    return parts.std(0, ddof=1) / len(parts) ** 0.5
+
+
+# ----------------------------------------------------------------------------------- baselines
+
+
+class Known(NamedTuple):
+    """What the baselines learn from: the perturbations of the training cells, without control."""
+
+    effects: Float[np.ndarray, "condition gene"]
+    dose: Float[np.ndarray, "condition target"]
+    embedding: Float[np.ndarray, "target dimension"]
+    """Of the targets, from `embed`."""
+    axes: Float[np.ndarray, "gene component"]
+    """Orthonormal principal axes of the training cells' expression, from `embed`."""
+
+
+Baseline = Callable[[Known, Float[np.ndarray, "new target"]], Float[np.ndarray, "new gene"]]
+
+
+def no_effect(
+    known: Known, dose: Float[np.ndarray, "new target"]
+) -> Float[np.ndarray, "new gene"]:
+    """Predict the mean of the controls."""
+    return np.zeros((len(dose), known.effects.shape[1]))
+
+
+def training_mean(
+    known: Known, dose: Float[np.ndarray, "new target"]
+) -> Float[np.ndarray, "new gene"]:
+    """Predict the mean effect of all training perturbations, whatever the perturbation."""
+    return np.tile(known.effects.mean(0), (len(dose), 1))
+
+
+def additive(known: Known, dose: Float[np.ndarray, "new target"]) -> Float[np.ndarray, "new gene"]:
+    """Predict a condition's own training effect, or the sum of its targets' effects.
+
+    A target that was never perturbed alone adds nothing.
+    """
+    alone = (known.dose != 0).sum(1) == 1
+    singles = np.zeros((dose.shape[1], known.effects.shape[1]))
+    for row, effect in zip(known.dose[alone], known.effects[alone], strict=True):
+        singles[np.argmax(row)] = effect / row.max()
+    predicted = dose @ singles
+    for place, row in enumerate(dose):
+        same = (known.dose == row).all(1)
+        if same.any():
+            predicted[place] = known.effects[same].mean(0)
+    return predicted
+
+
+def ridge(
+    known: Known, dose: Float[np.ndarray, "new target"], *, penalty: float = _PENALTY
+) -> Float[np.ndarray, "new gene"]:
+    r"""Predict by a map that is linear in embeddings of the targets and of the genes.
+
+    .. math:: \min_W \| Y - \bar y - P W G^\top \|^2 + \lambda \| W \|^2
+
+    with training effects Y, P the sums of the embeddings of each condition's targets, and G the
+    principal axes of expression (Ahlmann-Eltze et al. 2025, who found no deep model better).
+
+    Parameters
+    ----------
+    known : Known
+    dose : array, (n_new, n_targets)
+    penalty : float
+        :math:`\lambda`, where embeddings have a length of about 1; 0.1 as in that paper.
+    """
+    mean = known.effects.mean(0)
+    old, new = known.dose @ known.embedding, dose @ known.embedding
+    response = old.T @ (known.effects - mean) @ known.axes
+    weight = np.linalg.solve(old.T @ old + penalty * np.eye(old.shape[1]), response)
+    return mean + new @ weight @ known.axes.T
+
+
+def nearest(known: Known, dose: Float[np.ndarray, "new target"]) -> Float[np.ndarray, "new gene"]:
+    """Predict the effect of the most similar other training perturbation.
+
+    By the cosine of the embeddings; equally similar ones are averaged (all of them, if none has
+    anything to do with the new one).
+    """
+    old, new = _unit(known.dose @ known.embedding), _unit(dose @ known.embedding)
+    similarity = new @ old.T
+    similarity[(dose[:, None] == known.dose[None]).all(-1)] = -np.inf
+    best = similarity >= similarity.max(1, keepdims=True) - 1e-9
+    return best @ known.effects / best.sum(1, keepdims=True)
+
+
+BASELINES: Mapping[str, Baseline] = MappingProxyType(
+    {
+        "no-effect": no_effect,
+        "training-mean": training_mean,
+        "additive": additive,
+        "ridge": ridge,
+        "nearest": nearest,
+    }
+)
+
+
+def embed(
+    counts: Float[np.ndarray, "cell gene"],
+    genes: Sequence[str],
+    targets: Sequence[str],
+    *,
+    library: float = 1e4,
+    n_components: int = _N_COMPONENTS,
+) -> tuple[Float[np.ndarray, "target dimension"], Float[np.ndarray, "gene component"]]:
+    """Embed targets by how their genes vary with the others among cells.
+
+    Parameters
+    ----------
+    counts : array, (n_cells, n_genes)
+        UMIs of the training cells.
+    genes, targets : sequence of str
+        Names of the columns, and of what is perturbed.
+    library : float
+        UMIs that every cell is scaled to, before log1p.
+    n_components : int
+
+    Returns
+    -------
+    embedding : array, (n_targets, n_components + n_unmeasured)
+        Of a measured target its gene's loadings (axis times standard deviation), scaled to a mean
+        squared length of 1 over those targets. A target that is no gene of the matrix gets a
+        dimension of its own: nothing can be said about it from the others.
+    axes : array, (n_genes, n_components)
+        Orthonormal, by falling variance.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer genes than components.
+    """
+    if not 1 <= n_components <= len(genes):
+        raise ValueError(
+            f"n_components is {n_components} for {len(genes)} genes; expected 1 to {len(genes)}"
+        )
+    logs = np.log1p(library * counts / counts.sum(1, keepdims=True, dtype=float))
+    variance, axes = np.linalg.eigh(np.cov(logs, rowvar=False))
+    variance, axes = variance[: -n_components - 1 : -1], axes[:, : -n_components - 1 : -1]
+    loadings = axes * np.sqrt(np.maximum(variance, 0.0))
+    row = {name: place for place, name in enumerate(genes)}
+    measured = [place for place, name in enumerate(targets) if name in row]
+    shared = np.zeros((len(targets), n_components))
+    shared[measured] = _unit_on_average(loadings[[row[targets[place]] for place in measured]])
+    own = np.delete(np.eye(len(targets)), measured, axis=1)
+    return np.hstack([shared, own]), axes
+
+
+def _unit(rows: Float[np.ndarray, "row dimension"]) -> Float[np.ndarray, "row dimension"]:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length > 0, length, 1.0)
+
+
+def _unit_on_average(
+    rows: Float[np.ndarray, "row dimension"],
+) -> Float[np.ndarray, "row dimension"]:
+    size = np.sqrt((rows**2).sum() / max(len(rows), 1))
+    return rows / size if size > 0 else rows
+
+
+# ------------------------------------------------------------------------------------- scores
+
+
+def score(
+    predicted: Float[np.ndarray, " gene"],
+    observed: Float[np.ndarray, " gene"],
+    *,
+    ranked_by: Float[np.ndarray, " gene"],
+    n_top: int = _N_TOP,
+) -> dict[str, float]:
+    """Score the predicted effects of one perturbation against the observed ones.
+
+    Parameters
+    ----------
+    predicted, observed : array, (n_genes,)
+    ranked_by : array, (n_genes,)
+        Effects in *other* cells than those of ``observed``: the genes with the largest are the
+        top ones. Chosen on the scored cells themselves, they would be those whose noise is
+        largest, and no prediction could reach them.
+    n_top : int
+        At most as many as there are genes.
+
+    Returns
+    -------
+    dict
+        Over all genes, and over the top ones with suffix ``_top``: ``pearson`` and ``cosine``
+        (0 for a prediction that is constant, or zero), ``r2`` (1 - squared error over that of the
+        best constant), ``rmse_ratio`` (root mean squared error over that of predicting no effect;
+        below 1 is better than nothing).
+
+    Raises
+    ------
+    ValueError
+        If the lengths differ, an effect is not finite, the observed ones do not differ, or
+        ``n_top`` is below 2.
+    """
+    _check_effects(predicted, observed, ranked_by, n_top)
+    top = np.argsort(-np.abs(ranked_by), kind="stable")[:n_top]
+    among_top = _compare(predicted[top], observed[top])
+    every = _compare(predicted, observed)
+    return every | {f"{name}_top": value for name, value in among_top.items()}
+
+
+def _check_effects(predicted: object, observed: object, ranked_by: object, n_top: int) -> None:
+    given = {"predicted": predicted, "observed": observed, "ranked_by": ranked_by}
+    shapes = {name: np.shape(values) for name, values in given.items()}
+    if len(set(shapes.values())) > 1 or len(shapes["observed"]) != 1:
+        raise ValueError(f"effects have shapes {shapes}; expected (n_genes,) for all three")
+    for name, values in given.items():
+        if not np.isfinite(values).all():
+            first = int(np.argmin(np.isfinite(values)))
+            raise ValueError(
+                f"{name} is not finite at gene {first}; has the condition no cells, or a cell no "
+                "UMIs?"
+            )
+    if n_top < 2:
+        raise ValueError(f"n_top is {n_top}; expected at least 2 genes to correlate")
+
+
+def _compare(
+    predicted: Float[np.ndarray, " gene"], observed: Float[np.ndarray, " gene"]
+) -> dict[str, float]:
+    centred = observed - observed.mean()
+    if np.linalg.norm(centred) <= _ROUNDING:
+        raise ValueError(
+            f"the {len(observed)} observed effects are all {observed[0]:g}; expected effects that "
+            "differ between genes"
+        )
+    error = ((predicted - observed) ** 2).sum()
+    return {
+        "pearson": _cosine(predicted - predicted.mean(), centred),
+        "cosine": _cosine(predicted, observed),
+        "r2": float(1.0 - error / (centred**2).sum()),
+        "rmse_ratio": float(np.sqrt(error / (observed**2).sum())),
+    }
+
+
+def _cosine(predicted: Float[np.ndarray, " gene"], observed: Float[np.ndarray, " gene"]) -> float:
+    length = np.linalg.norm(predicted)
+    if length <= _ROUNDING:  # of a constant minus its mean
+        return 0.0
+    return float(predicted @ observed / length / np.linalg.norm(observed))
+
+
+# ----------------------------------------------------------------------------------- the study
+
+
+class _Screen(NamedTuple):
+    """A screen and the names of its genes."""
+
+    cells: Cells
+    design: Design
+    genes: tuple[str, ...]
+
+
+class _Fold(NamedTuple):
+    """Cells to learn from, two halves of cells to score on, and the conditions scored.
+
+    Each part has controls of its own; the labels are those of the whole design.
+    """
+
+    train: Cells
+    halves: tuple[Cells, Cells]
+    rows: tuple[int, ...]
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Learn from some cells of a screen, predict effects, score them on the others.
+
+    Parameters
+    ----------
+    config : dict
+        ``dataset``: "norman2019-mini" (its K562 cells) or "papalexi2021".
+        ``task``: "cells" (every condition seen, half of its cells held out), "doubles" (trained
+        on controls and singles; those doubles are scored of which both singles were seen) or
+        "targets" (all cells of a fifth of the targets held out, in turn).
+        ``method``: of `smslib.priors.METHODS`, of `BASELINES`, or "ceiling" (the effect in the
+        other half of the held-out cells). ``seed``: of the split and the fit, so that all methods
+        are scored on the same cells; ``epochs`` (models only).
+
+    Returns
+    -------
+    dict
+        ``conditions``, the number of held-out cells ``n_scored`` of each, and every score of
+        `score` as a list over them: the mean of two directions, genes ranked by one half of the
+        held-out cells and scored on the other.
+
+    Raises
+    ------
+    ValueError
+        If data set, task or method is unknown, or the task leaves nothing to predict.
+    KeyError
+        For a model on "targets": it has no shift for a target that it never saw.
+
+    Notes
+    -----
+    Effects are at the median UMIs of the training cells. The gene of the target itself counts
+    like any other. No cell is both learned from and scored, and the controls that effects are
+    relative to are divided in the same way: shared controls would put the same error into
+    prediction and observation.
+
+    A half of the held-out cells is itself noisy. Where halves correlate by r, the best possible
+    prediction reaches about ``sqrt(r)``, which is above "ceiling".
+    """
+    read, split = _chosen(config, "dataset", _READERS), _chosen(config, "task", _TASKS)
+    _chosen(config, "method", {**METHODS, **BASELINES, "ceiling": None})
+    screen = read()
+    folds = split(screen, config["seed"])
+    return _joined([_scored(fold, screen, config) for fold in folds])
+
+
+def _chosen(config: Config, key: str, known: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    if config[key] not in known:
+        raise ValueError(f"unknown {key} {config[key]!r}; expected one of {sorted(known)}")
+    return known[config[key]]
+
+
+def _joined(parts: Sequence[Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Put the lists of several folds together, conditions in alphabetical order."""
+    whole = {key: [value for part in parts for value in part[key]] for key in parts[0]}
+    order = np.argsort(whole["conditions"], kind="stable")
+    return {key: [values[place] for place in order] for key, values in whole.items()}
+
+
+def _scored(fold: _Fold, screen: _Screen, config: Config) -> dict[str, list[Any]]:
+    """Return the scores of one fold, lists over its conditions."""
+    rows, library = list(fold.rows), float(fold.train.library.median())
+    seen = [_effects_of(cells, screen.design, library)[rows] for cells in fold.halves]
+    if config["method"] == "ceiling":
+        predicted = seen[::-1]
+    else:
+        predicted = [_prediction(fold, screen, config, library)] * 2
+    tables = [_table(*way) for way in zip(predicted, seen, seen[::-1], strict=True)]
+    held = torch.cat([cells.condition for cells in fold.halves])
+    return {
+        "conditions": [screen.design.conditions[row] for row in rows],
+        "n_scored": torch.bincount(held, minlength=screen.design.n_conditions)[rows].tolist(),
+        **{name: np.mean([table[name] for table in tables], 0).tolist() for name in tables[0]},
+    }
+
+
+def _table(
+    predicted: Float[np.ndarray, "condition gene"],
+    observed: Float[np.ndarray, "condition gene"],
+    ranked_by: Float[np.ndarray, "condition gene"],
+) -> dict[str, list[float]]:
+    """Return the scores of predictions, lists over conditions."""
+    rows = [
+        score(forecast, truth, ranked_by=other)
+        for forecast, truth, other in zip(predicted, observed, ranked_by, strict=True)
+    ]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _prediction(
+    fold: _Fold, screen: _Screen, config: Config, library: float
+) -> Float[np.ndarray, "condition gene"]:
+    """Return what a method predicts for the conditions of a fold."""
+    method, rows = config["method"], list(fold.rows)
+    dose = screen.design.matrix.numpy()
+    if method in BASELINES:
+        return BASELINES[method](_known(fold.train, screen, library), dose[rows])
+    if method in _SHIFT_FREE:
+        return np.zeros((len(rows), len(screen.genes)))
+    cells, small = _restricted(fold.train, screen.design)
+    options = {"epochs": config["epochs"], "seed": config["seed"], "method": method}
+    model, _ = screens.fit_screen(cells, small, **options)
+    names = [screen.design.conditions[row] for row in rows]
+    return predicted_effects(model, names, design=screen.design, library=library).value
+
+
+def _known(train: Cells, screen: _Screen, library: float) -> Known:
+    """Return what the baselines may know."""
+    rows = train.condition.unique()[1:].tolist()
+    genes, targets = screen.genes, screen.design.targets
+    return Known(
+        _effects_of(train, screen.design, library)[rows],
+        screen.design.matrix.numpy()[rows],
+        *embed(train.counts.numpy(), genes, targets, library=library),
+    )
+
+
+def _restricted(cells: Cells, design: Design) -> tuple[Cells, Design]:
+    """Return the cells under a design of their own conditions and targets alone."""
+    rows = cells.condition.unique()
+    used = design.matrix[rows].any(0)
+    names = [design.conditions[row] for row in rows.tolist()]
+    targets = [name for name, kept in zip(design.targets, used.tolist(), strict=True) if kept]
+    small = Design(tuple(names), tuple(targets), design.matrix[rows][:, used])
+    return Cells(cells.counts, torch.searchsorted(rows, cells.condition)), small
+
+
+def _effects_of(
+    cells: Cells, design: Design, library: float
+) -> Float[np.ndarray, "condition gene"]:
+    counts, condition = cells.counts.numpy(), cells.condition.numpy()
+    return effects(counts, condition, n_conditions=design.n_conditions, library=library).value
+
+
+def _seen(screen: _Screen, seed: int) -> list[_Fold]:
+    """Hold out half of the cells of every condition."""
+    train, *halves = split_cells(screen.cells, _SHARES, seed=seed)
+    return [_Fold(train, tuple(halves), tuple(range(1, screen.design.n_conditions)))]
+
+
+def _doubles(screen: _Screen, seed: int) -> list[_Fold]:
+    """Hold out the combinations of targets that were seen alone; train on nothing but singles."""
+    dose = screen.design.matrix != 0
+    single = dose.sum(1) == 1
+    held = (dose.sum(1) > 1) & ~(dose & ~dose[single].any(0)).any(1)
+    if not held.any():
+        raise ValueError(
+            "no combination of targets that were perturbed alone, too; use a screen of singles "
+            "and doubles, such as 'norman2019-mini'"
+        )
+    return [_unseen(screen.cells, single.nonzero()[:, 0], held.nonzero()[:, 0], seed)]
+
+
+def _targets(screen: _Screen, seed: int) -> list[_Fold]:
+    """Hold out a fifth of the targets at a time."""
+    names = np.random.default_rng(seed).permutation(screen.design.targets)
+    parts = np.array_split(names, min(_N_FOLDS, len(names)))
+    splits = [perturbseq.hold_out(screen.design, part.tolist()) for part in parts]
+    return [_unseen(screen.cells, train[1:], held, seed) for train, held in splits]
+
+
+def _unseen(
+    cells: Cells, train: Int[Tensor, " seen"], held: Int[Tensor, " held"], seed: int
+) -> _Fold:
+    """Hold out all cells of some conditions, and half of the controls."""
+    controls = split_cells(cells.of(torch.tensor([0])), _SHARES, seed=seed)
+    others = (cells.of(train), *split_cells(cells.of(held), (0.5, 0.5), seed=seed))
+    known, *halves = (_together(*parts) for parts in zip(controls, others, strict=True))
+    return _Fold(known, tuple(halves), tuple(held.tolist()))
+
+
+def _together(first: Cells, second: Cells) -> Cells:
+    return Cells(
+        torch.cat([first.counts, second.counts]), torch.cat([first.condition, second.condition])
+    )
+
+
+def _norman() -> _Screen:
+    """Read the CRISPRa screen in K562; most of the file's 500 genes are silent in these cells."""
+    adata = perturbseq.read("norman2019-mini")
+    adata = adata[adata.obs["cell_type"] == "k562"].copy()
+    labels = {"key": "condition", "control": "control"}
+    kept, _ = perturbseq.filter_screen(adata, min_umis=20, min_detected=20, **labels)
+    read = from_anndata(kept, perturbation_key="condition", control="control")
+    return _Screen(*read, tuple(kept.var_names))
+
+
+def _papalexi() -> _Screen:
+    adata, _ = screens.prepare()
+    read = from_anndata(adata, perturbation_key="target", control=perturbseq.CONTROL)
+    return _Screen(*read, tuple(adata.var_names))
+
+
+_READERS = MappingProxyType({"norman2019-mini": _norman, "papalexi2021": _papalexi})
+_TASKS = MappingProxyType({"cells": _seen, "doubles": _doubles, "targets": _targets})
+
+
+_TASKS_OF_NORMAN = ("doubles", "cells")
+
+
+def _study() -> tuple[dict[str, Any], ...]:
+    """Return every run, seed by seed; models first, where they have something to say."""
+    plain = sweep.axis("method", [*BASELINES, "vae", "ceiling"])
+    shifted = sweep.axis("method", ["svae+", "svae", "ivae"])
+    norman = sweep.product([{"dataset": "norman2019-mini"}], sweep.axis("task", _TASKS_OF_NORMAN))
+    papalexi = [{"dataset": "papalexi2021", "task": "cells"}]
+    unseen = [{"dataset": "papalexi2021", "task": "targets"}]
+    runs = sweep.chain(
+        sweep.product(norman, shifted, [{"epochs": 200}]),
+        sweep.product(papalexi, shifted, [{"epochs": 24}]),
+        sweep.product(sweep.chain(norman, papalexi, unseen), plain),
+    )
+    return tuple(sweep.product(sweep.axis("seed", range(5)), runs))
+
+
+STUDY = _study()
+
+
+def summarise(runs: pd.DataFrame) -> dict[str, Any]:
+    """Return the study's numbers under flat keys.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        Of `evaluate`, from `smslib.sweep.collect`.
+
+    Returns
+    -------
+    dict
+        ``<dataset>.<task>.conditions`` and ``.n_scored``. Per method,
+        ``<dataset>.<task>.<method>.seeds`` and, per score, ``.<score>`` (mean over conditions, by
+        seed) with ``.mean``, ``.low``, ``.high`` (95 % t interval over seeds, which are other
+        splits of the same cells) and ``.n``, and ``.<score>.by_condition`` (mean over seeds).
+        ``.<score>.minus_<baseline>`` is the mean difference from "training-mean" and from
+        "additive", with ``.low``, ``.high`` and ``.p_value`` of a paired t-test over conditions.
+    """
+    values: dict[str, Any] = {}
+    for (dataset, task), group in runs.sort_values("seed").groupby(["dataset", "task"]):
+        first, key = group.iloc[0], f"{dataset}.{task}"
+        values |= {f"{key}.{name}": first[name] for name in ("conditions", "n_scored")}
+        tables = {method: _scores(rows) for method, rows in group.groupby("method")}
+        for method, rows in group.groupby("method"):
+            values[f"{key}.{method}.seeds"] = rows["seed"].tolist()
+            for name, table in tables[method].items():
+                values |= _summary(f"{key}.{method}.{name}", table)
+                values |= _differences(f"{key}.{method}.{name}", method, name, tables)
+    return values
+
+
+_Table = Float[np.ndarray, "seed condition"]
+
+
+def _scores(rows: pd.DataFrame) -> dict[str, _Table]:
+    """Return every score of a method's runs."""
+    return {name: np.array(rows[name].tolist(), dtype=float) for name in _SCORES}
+
+
+def _summary(key: str, table: _Table) -> dict[str, Any]:
+    by_seed = table.mean(1)
+    interval = metrics.interval(by_seed)._asdict()
+    parts = {f"{key}.{name}": value for name, value in interval.items()}
+    return {key: by_seed, f"{key}.by_condition": table.mean(0), **parts}
+
+
+def _differences(
+    key: str, method: str, name: str, tables: Mapping[str, Mapping[str, _Table]]
+) -> dict[str, Any]:
+    """Compare a method with the reference baselines, condition by condition."""
+    values = {}
+    for other in _REFERENCES:
+        if other != method and other in tables:
+            mine, theirs = (tables[which][name].mean(0) for which in (method, other))
+            found, here = metrics.paired(mine, theirs), f"{key}.minus_{other}"
+            parts = {"low": found.low, "high": found.high, "p_value": found.p_value}
+            values[here] = found.mean
+            values |= {f"{here}.{part}": value for part, value in parts.items()}
+    return values
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing of the study, one single-threaded process per worker."""
+    parser = argparse.ArgumentParser(prog="python -m smslib.prediction", description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("book/results"))
+    parser.add_argument("--workers", type=int, default=2, help="0 only summarises what there is")
+    parser.add_argument("--index", type=int, help="run this one of the study alone")
+    parser.add_argument("--retry", action="store_true", help="run crashed ones again")
+    given = parser.parse_args(arguments)
+    root = given.results / "runs" / "prediction"
+    if given.workers:
+        one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        with ProcessPoolExecutor(given.workers, get_context("spawn"), **one_thread) as executor:
+            options = {"executor": executor, "index": given.index, "retry": given.retry}
+            sweep.run(evaluate, STUDY, root, **options)
+    _store(given.results, root)
+    return 0
+
+
+def _store(results: Path, root: Path) -> Path:
+    """Summarise what there is of the study."""
+    runs, names = sweep.collect(root), {sweep.run_id(config) for config in STUDY}
+    if not runs.empty:
+        runs = runs[runs["run_id"].isin(names)]
+    if runs.empty:
+        raise FileNotFoundError(f"no finished run of this study in {root}; run it with --workers")
+    provenance = sweep.cost(runs, "python -m smslib.prediction")
+    provenance |= {"n_missing": len(names) - len(runs)}
+    return store.put("prediction", summarise(runs), root=results, provenance=provenance)
+
+
+if __name__ == "__main__":
+    # Under its importable name, so that worker processes and records find the task there.
+    from smslib import prediction
+
+    sys.exit(prediction.main())
