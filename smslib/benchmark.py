@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -33,7 +33,16 @@ from smslib.train import TrainConfig, fit
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ARMS", "CONTROLS", "agree", "graph_scores", "latent_scores", "recover", "summarise"]
+__all__ = [
+    "ARMS",
+    "CONTROLS",
+    "agree",
+    "by_setting",
+    "graph_scores",
+    "latent_scores",
+    "recover",
+    "summarise",
+]
 
 # An arm is a way to do the whole experiment: simulator, recipe and transfer step.
 ARMS: Mapping[str, Mapping[str, object]] = MappingProxyType(
@@ -439,6 +448,35 @@ def _summary(key: str, values: list[float] | list[int]) -> dict[str, object]:
         f"{key}.high": high,
         f"{key}.n": len(values),
     }
+
+
+def by_setting(
+    values: Mapping[str, object],
+    *,
+    arm: str,
+    score: str,
+    settings: Iterable[str],
+    methods: Iterable[str],
+) -> dict[str, dict[str, list[float]]]:
+    """Return a score of an arm by method and setting, as `smslib.plotting.trend` takes it.
+
+    Parameters
+    ----------
+    values : dict
+        From `summarise`.
+    arm, score : str
+    settings, methods : iterable of str
+        Those without runs are left out.
+    """
+    keys = {
+        method: {setting: f"{arm}.{setting}.{method}.{score}" for setting in settings}
+        for method in methods
+    }
+    found = {
+        method: {setting: values[key] for setting, key in row.items() if values.get(key)}
+        for method, row in keys.items()
+    }
+    return {method: row for method, row in found.items() if row}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,6 +42,7 @@ __all__ = [
     "show",
     "strip",
     "style",
+    "trend",
 ]
 
 SINGLE, DOUBLE = 3.4, 7.0  # widths in inches
@@ -461,6 +462,53 @@ def curves(
 
 
 @style()
+def trend(
+    values: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    settings: Sequence[str],
+    labels: tuple[str, str],
+    paper: Mapping[str, Mapping[str, float]] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw how the scores of each method change from setting to setting.
+
+    Parameters
+    ----------
+    values : dict
+        Method (as in `scores`) to setting to one score per run. Settings may be missing.
+    settings : sequence of str
+        In their order along x.
+    labels : tuple of str
+        Of the x axis, and the score with its unit.
+    paper : dict, optional
+        Method to setting to published value: open diamonds in the colour of the method, joined by
+        a dotted line.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        A dot per run, a line through the means.
+    """
+    ax = _axes(ax)
+    methods = _ordered([*values, *(paper or {})])
+    for shift, method in zip(_side_by_side(len(methods)), methods, strict=True):
+        drawn = look(method)
+        _trend_line(ax, values.get(method, {}), settings, shift, drawn)
+        known = [name for name in settings if name in (paper or {}).get(method, {})]
+        places = [settings.index(name) + shift for name in known]
+        line = {"marker": "D", "mfc": "white", "ms": 4.5, "linestyle": ":", "linewidth": 0.9}
+        ax.plot(places, [paper[method][name] for name in known], color=drawn.colour, **line)
+    if paper:
+        ax.plot([], [], "D:", color="#666666", mfc="white", ms=4.5, lw=0.9, label="paper")
+    ax.set_xticks(range(len(settings)), settings)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.grid(visible=False, axis="x")
+    ax.legend(loc="best")
+    return ax
+
+
+@style()
 def densities(
     groups: Mapping[str, ArrayLike], *, label: str, n_bins: int = 60, ax: Axes | None = None
 ) -> Axes:
@@ -588,6 +636,25 @@ def _column(ax: Axes, place: int, drawn: Look, values: np.ndarray) -> None:
     mean, half_width = values.mean(), _half_width(values)
     bar = {"color": "black", "capsize": 3, "elinewidth": 1, "zorder": 3}
     ax.errorbar([place], [mean], yerr=[half_width], marker="_", markersize=11, **bar)
+
+
+def _trend_line(
+    ax: Axes, runs: Mapping[str, ArrayLike], settings: Sequence[str], shift: float, drawn: Look
+) -> None:
+    """Draw one method's runs at every setting, and a line through their means."""
+    known = [name for name in settings if np.size(runs.get(name, ()))]
+    places = [settings.index(name) + shift for name in known]
+    means = [np.mean(runs[name]) for name in known]
+    ax.plot(places, means, color=drawn.colour, label=drawn.label if known else None)
+    for place, name in zip(places, known, strict=True):
+        dots = np.atleast_1d(np.asarray(runs[name], dtype=float))
+        kind = {"color": drawn.colour, "marker": drawn.marker, "linewidths": 0, "zorder": 3}
+        ax.scatter(np.full(len(dots), place), dots, s=20, alpha=0.8, **kind)
+
+
+def _side_by_side(n: int) -> np.ndarray:
+    """Return small offsets along x, so that methods do not hide each other."""
+    return 0.06 * (np.arange(n) - (n - 1) / 2)
 
 
 def _diamonds(

@@ -283,6 +283,14 @@ def test_summaries_use_the_interval_of_the_metrics():
 # ---------------------------------------------------------------- command line
 
 
+def test_scores_by_setting_leave_out_what_was_not_run():
+    values = {"smslib.s0.2.ivae.mcc": [0.5], "smslib.s0.5.ivae.mcc": [], "smslib.s0.5.vae.r2": [1]}
+    found = benchmark.by_setting(
+        values, arm="smslib", score="mcc", settings=("s0.2", "s0.5"), methods=iter(("ivae", "vae"))
+    )
+    assert found == {"ivae": {"s0.2": [0.5]}}
+
+
 def test_the_command_line_summarises_what_is_there(tmp_path):
     run = entry("svae+", 3, 0.7, n_cells=250)
     write([run, *ENTRIES], tmp_path / "runs" / "simulation")

@@ -174,6 +174,24 @@ def test_strip_shows_every_value_first_group_on_top():
     assert len(plotting.strip({"a": [1.0]}, label="").lines) == 0
 
 
+def test_trend_shows_every_run_and_the_published_values():
+    ax = plotting.trend(
+        {"svae+": {"b": [0.2, 0.4], "a": [0.1]}, "ivae": {}},
+        settings=("a", "b", "c"),
+        labels=("setting", "MCC"),
+        paper={"svae+": {"c": 0.9}, "new": {"a": 0.5}},
+    )
+    dots = np.concatenate([points.get_offsets() for points in ax.collections])
+    assert sorted(dots[:, 1]) == [0.1, 0.2, 0.4]
+    assert np.round(sorted(dots[:, 0])).tolist() == [0, 1, 1]
+    lines = [line for line in ax.lines if len(line.get_xdata())]
+    means, published, other = (line.get_ydata().tolist() for line in lines)
+    assert (means, published, other) == ([0.1, pytest.approx(0.3)], [0.9], [0.5])
+    assert to_rgb(lines[1].get_color()) == to_rgb(plotting.look("svae+").colour)
+    assert legend_of(ax) == ["sVAE+", "paper"]
+    assert text_of(ax.get_xticklabels()) == ["a", "b", "c"]
+
+
 def test_ledger_shows_what_remains():
     ax = plotting.ledger({"all": 20_729, "one guide": 16_000}, label="cells")
     assert [bar.get_width() for bar in ax.patches] == [20_729, 16_000]

@@ -15,8 +15,8 @@ FORMAT = "md:myst"
 
 
 def sources(root: Path) -> list[Path]:
-    """Return the notebooks' texts, ``notebooks/NN_*.md``, in reading order."""
-    return sorted((root / "notebooks").glob("[0-9][0-9]_*.md"))
+    """Return the notebooks' texts, ``notebooks/*.md``, by name."""
+    return sorted((root / "notebooks").glob("*.md"))
 
 
 def read_source(source: Path) -> NotebookNode:
