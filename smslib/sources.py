@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import errno
 import hashlib
 import http.client
@@ -25,12 +26,11 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import urllib.response
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
-
-from smslib.data import unknown_names
 
 __all__ = [
     "SOURCES",
@@ -55,6 +55,8 @@ _LARGE = 1 << 28  # bytes from which a verification is remembered instead of rep
 _PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be better a moment later
 _LASTING = (socket.gaierror, ssl.SSLCertVerificationError, FileNotFoundError, PermissionError)
 _NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+_Answer = http.client.HTTPResponse | urllib.response.addinfourl  # the latter from a file
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,8 @@ def find(name: str) -> Source:
         If there is none; the nearest names are listed.
     """
     if name not in SOURCES:
-        raise KeyError(unknown_names("source", [name], SOURCES))
+        near = difflib.get_close_matches(name, SOURCES, cutoff=0.4) or sorted(SOURCES)
+        raise KeyError(f"unknown source {name!r}; nearest known: {near}")
     return SOURCES[name]
 
 
@@ -405,7 +408,7 @@ def available(name: str, *, directory: str | os.PathLike[str] | None = None) -> 
 
 
 def state(name: str, *, directory: str | os.PathLike[str] | None = None) -> str:
-    """Say what is on disk: ``present``, ``partial (12 %)``, ``wrong size`` or ``absent``."""
+    """Say what is on disk: ``present``, ``partial (12%)``, ``wrong size`` or ``absent``."""
     source = find(name)
     path = _folder(directory) / source.filename
     if path.exists():
@@ -633,12 +636,12 @@ def _attempt(file: BinaryIO, source: Source, path: Path) -> str:
     return f"the connection closed after {_length(file):,} bytes"
 
 
-def _continues(response: http.client.HTTPResponse) -> bool:
+def _continues(response: _Answer) -> bool:
     """Say whether an answer begins where the file ends; a server may send the whole instead."""
     return response.status == 206
 
 
-def _check_length(response: http.client.HTTPResponse, source: Source, have: int) -> None:
+def _check_length(response: _Answer, source: Source, have: int) -> None:
     """Raise unless the answer announces the source's length, or none."""
     total = response.headers["Content-Length"]
     if _continues(response):
@@ -654,7 +657,7 @@ def _check_length(response: http.client.HTTPResponse, source: Source, have: int)
         )
 
 
-def _copy(response: http.client.HTTPResponse, file: BinaryIO, source: Source, path: Path) -> None:
+def _copy(response: _Answer, file: BinaryIO, source: Source, path: Path) -> None:
     """Append an answer to a file, with a progress bar (on a terminal only)."""
     with _bar(source, "", done=_length(file)) as bar:
         while chunk := _read(response):
@@ -665,7 +668,7 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, source: Source, pa
             bar.update(len(chunk))
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
+def _read(response: _Answer) -> bytes:
     with _network():
         return response.read(_CHUNK)
 
@@ -733,9 +736,7 @@ def _check_address(url: str) -> None:
         raise _Refused(f"{url} is not one of {_SCHEMES}")
 
 
-def _open_url(
-    url: str, *, first: int = 0, last: int | None = None, patience: float
-) -> http.client.HTTPResponse:
+def _open_url(url: str, *, first: int = 0, last: int | None = None, patience: float) -> _Answer:
     """Ask an address for bytes ``first`` to ``last``; a server may answer with all of them."""
     _check_address(url)
     request = urllib.request.Request(url, headers={"User-Agent": "smslib"})
