@@ -361,6 +361,7 @@ def _released_transfer(done: _Fit, screen: Screen) -> dict[str, float | int]:
     ``i_nll`` is then the released number, ``i_nll_refitted`` that before the shifts are learned.
     """
     cells, design = _held_out(screen, done.model.prior.design)
+    drift = done.method != "svae+"
     _, stages = transfer.protocol(
         done.model,
         done.train,
@@ -370,10 +371,29 @@ def _released_transfer(done: _Fit, screen: Screen) -> dict[str, float | int]:
         scoring=cells,
         design=design,
         how="gradient",
-        drift=done.method != "svae+",
+        drift=drift,
     )
     nll = -stages.groupby("stage")["iwelbo"].mean()
-    return {"i_nll": float(nll["adapted"]), "i_nll_refitted": float(nll["refitted"])}
+    scores = {"i_nll": float(nll["adapted"]), "i_nll_refitted": float(nll["refitted"])}
+    return scores | _undone(done.model, cells, design, drift=drift)
+
+
+def _undone(model: SMSVAE, cells: Cells, design: Design, *, drift: bool) -> dict[str, float | int]:
+    """Take the released transfer step back, one slip after the other.
+
+    Without the refit; then with the encoder's statistics frozen as well; then with the shifts in
+    closed form, in evaluation mode. The next would be other cells to score: ``i_nll_corrected``.
+    """
+    ways = {
+        "i_nll_unrefitted": {"how": "gradient", "drift": drift},
+        "i_nll_frozen": {"how": "gradient"},
+        "i_nll_same_cells": {"how": "closed-form"},
+    }
+    scores = {}
+    for name, way in ways.items():
+        bounds = iwelbo(transfer.adapt(model, cells, design=design, **way), cells, n_draws=1000)
+        scores[name] = -float(np.nanmean(by_condition(bounds, cells, design)["mean"]))
+    return scores
 
 
 def _control(method: str, screen: Screen, trained: Screen, *, seed: int) -> dict[str, float | int]:

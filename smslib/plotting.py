@@ -30,6 +30,7 @@ __all__ = [
     "curves",
     "densities",
     "graph",
+    "heatmap",
     "history",
     "ledger",
     "levels",
@@ -214,6 +215,42 @@ def graph(
         ax.set_yticks(range(len(targets)), targets)
     ax.set(xlabel="latent", ylabel="" if targets is not None else "target")
     ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(visible=False)
+    return ax
+
+
+@style()
+def heatmap(
+    values: Real[np.ndarray, "row column"],
+    *,
+    rows: Sequence[object],
+    columns: Sequence[object],
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a table of numbers as colours, with every number written into its cell.
+
+    Parameters
+    ----------
+    values : array, (n_rows, n_columns)
+        NaN is left empty.
+    rows, columns : sequence
+        Their names.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax = _axes(ax)
+    values = np.asarray(values, dtype=float)
+    image = ax.imshow(values, cmap="Blues", aspect="auto")
+    for place, value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = image.norm(value) > 0.6
+            text = {"ha": "center", "va": "center", "color": "white" if dark else "black"}
+            ax.text(place[1], place[0], f"{value:.2f}", fontsize=7.5, **text)
+    ax.set_xticks(range(len(columns)), [str(name) for name in columns])
+    ax.set_yticks(range(len(rows)), [str(name) for name in rows])
     ax.grid(visible=False)
     return ax
 

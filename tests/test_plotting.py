@@ -174,6 +174,17 @@ def test_strip_shows_every_value_first_group_on_top():
     assert len(plotting.strip({"a": [1.0]}, label="").lines) == 0
 
 
+def test_heatmap_writes_every_number_and_leaves_gaps_empty():
+    ax = plotting.heatmap(np.array([[0.0, 1.0], [np.nan, 0.5]]), rows=(40, 60), columns=("a", "b"))
+    written = {text.get_position(): (text.get_text(), text.get_color()) for text in ax.texts}
+    assert written == {
+        (0, 0): ("0.00", "black"),
+        (1, 0): ("1.00", "white"),
+        (1, 1): ("0.50", "black"),
+    }
+    assert text_of(ax.get_yticklabels()) == ["40", "60"]
+
+
 def test_trend_shows_every_run_and_the_published_values():
     ax = plotting.trend(
         {"svae+": {"b": [0.2, 0.4], "a": [0.1]}, "ivae": {}},
