@@ -22,6 +22,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from torch.nn.functional import leaky_relu
 
 from smslib.data import Cells, Design, seeded
+from smslib.lookalike import screen_like
 
 __all__ = [
     "CountDecoder",
@@ -35,6 +36,7 @@ __all__ = [
     "oracle",
     "oracle_log_prob",
     "restrict",
+    "screen_like",
     "sparse_shift",
 ]
 
