@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "simulate": {"data", "distributions", "lookalike"},
     "lookalike": {"data", "perturbseq"},
     "sources": set(),
+    "streaming": {"data"},
+    "prepare": {"data", "perturbseq", "sources", "streaming"},
     "perturbseq": {"data", "prepare", "sources"},  # prepare: for its command line alone
     "estimator": set(CHAIN) - {"benchmark"} | ALONE,
     "studies": {"recipes", "sweep"},
