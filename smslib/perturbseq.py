@@ -16,6 +16,7 @@ import textwrap
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ __all__ = [
 
 CONTROL = "non-targeting"  # how guide-level screens name their controls
 
+_RDA = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"RDX", b"RDA")  # gzip, bzip2, xz, not compressed
 _LARGEST_UNIT = 16  # most UMIs that the smallest non-zero value of a cell may stand for
 
 
@@ -146,7 +148,7 @@ def _check_h5ad(path: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, "no such file; expected an .h5ad file", str(path))
     if not h5py.is_hdf5(path):
         raise ValueError(
-            f"{path} begins with {_beginning(path)}, which is not HDF5; expected an .h5ad file"
+            f"{path} begins with {_beginning(path)!r}, which is not HDF5; expected an .h5ad file"
         )
     try:
         with h5py.File(path) as file:
@@ -163,9 +165,9 @@ def _check_h5ad(path: Path) -> None:
         )
 
 
-def _beginning(path: Path) -> str:
+def _beginning(path: Path) -> bytes:
     with path.open("rb") as file:
-        return repr(file.read(16))
+        return file.read(16)
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -193,14 +195,16 @@ def _read_papalexi(path: Path) -> AnnData:
 def _parse_rda(path: Path) -> Mapping[str, Any]:
     import rdata
 
+    if not _beginning(path).startswith(_RDA):
+        raise ValueError(f"{path} begins with {_beginning(path)!r}; expected an .rda file")
     classes = {"dgTMatrix": _r_sparse, "dgCMatrix": _r_sparse}
     classes = {**rdata.conversion.DEFAULT_CLASS_MAP, **classes}
     try:
         held = rdata.read_rda(path, constructor_dict=classes)
-    except (EOFError, OSError, ValueError, NotImplementedError, zlib.error) as error:
+    except (EOFError, OSError, ValueError, NotImplementedError, LZMAError, zlib.error) as error:
         raise ValueError(
-            f"{path} cannot be read as an .rda file ({type(error).__name__}: {error}); it begins "
-            f"with {_beginning(path)} and may be cut short or of another kind"
+            f"{path} ({path.stat().st_size:,} bytes) is cut short or damaged "
+            f"({type(error).__name__}: {error}); copy or download it again"
         ) from error
     if "lowmoi_example_data" not in held:
         raise ValueError(f"{path} holds {sorted(held)}; expected 'lowmoi_example_data'")

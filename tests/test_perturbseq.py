@@ -1,16 +1,15 @@
-"""Sources, readers and quality control, on made-up screens and (where they are) the real files."""
+"""Readers, quality control and command line, on made-up screens and (where they are) real ones."""
 
 import hashlib
-import http.server
-import io
 import math
-import os
-import threading
-import urllib.error
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,218 +18,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from smslib import perturbseq
+from smslib import perturbseq, sources
 from smslib.data import Design, from_anndata
-
-CONTENT = b"counts\n" * 1000
-GOOD = hashlib.sha256(CONTENT).hexdigest()
 
 
 def on_disk(name: str) -> pytest.MarkDecorator:
-    path = perturbseq.data_dir() / perturbseq.SOURCES[name].filename
+    path = sources.data_dir() / sources.SOURCES[name].filename
     return pytest.mark.skipif(not path.exists(), reason=f"{path.name} is not in {path.parent}")
 
 
-def toy(url: str, reader: str = "table") -> perturbseq.Source:
-    return perturbseq.Source(
-        "toy", url, "toy.bin", len(CONTENT), GOOD, "CC0", "nobody", "a toy", reader
+def toy(path: Path, reader: str = "table", **changes) -> sources.Source:
+    """A source whose address is a local file."""
+    content = path.read_bytes()
+    source = sources.Source(
+        name="toy",
+        url=path.as_uri(),
+        filename="toy.bin",
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        licence="CC0 (all of it)",
+        citation="nobody",
+        description="a toy",
+        reader=reader,
     )
+    return replace(source, **changes)
+
+
+def use(monkeypatch, *chosen: sources.Source) -> None:
+    monkeypatch.setattr(sources, "SOURCES", {source.name: source for source in chosen})
 
 
 @pytest.fixture
 def origin(tmp_path, monkeypatch):
     """A source whose address is a good local file; returns that file."""
     path = tmp_path / "origin.bin"
-    path.write_bytes(CONTENT)
-    monkeypatch.setattr(perturbseq, "SOURCES", {"toy": toy(path.as_uri())})
+    path.write_bytes(b"counts\n" * 1000)
+    use(monkeypatch, toy(path))
     return path
-
-
-class Answers(http.server.BaseHTTPRequestHandler):
-    """Serves the good file, a short one, a wrong one or an error, by path."""
-
-    def do_GET(self):
-        body = {"/good": CONTENT, "/short": CONTENT[:-7], "/wrong": CONTENT[:-1] + b"?"}
-        if self.path not in body:
-            self.send_error(503)
-            return
-        self.send_response(200)
-        if self.path != "/short":  # a dropped connection announces no honest length
-            self.send_header("Content-Length", str(len(body[self.path])))
-        self.end_headers()
-        self.wfile.write(body[self.path])
-
-    def log_message(self, *_):
-        """Stay silent."""
-
-
-@pytest.fixture
-def served(monkeypatch):
-    """Let the toy source live at a path of a loopback server; http is allowed here only."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    monkeypatch.setattr(perturbseq, "_SCHEMES", ("http",))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-    def at(path: str) -> None:
-        url = f"http://127.0.0.1:{server.server_port}/{path}"
-        monkeypatch.setattr(perturbseq, "SOURCES", {"toy": toy(url)})
-
-    yield at
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-# --------------------------------------------------------------------------------- data_dir
-
-
-def test_the_data_directory_is_the_one_named_else_the_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("SMS_DATA_DIR", str(tmp_path))
-    assert perturbseq.data_dir() == tmp_path
-    monkeypatch.setenv("SMS_DATA_DIR", "")
-    assert perturbseq.data_dir().name == "smslib"
-
-
-def test_every_source_is_complete():
-    for name, source in perturbseq.SOURCES.items():
-        assert source.name == name
-        assert len(bytes.fromhex(source.sha256)) == 32
-        assert source.reader in perturbseq._READERS
-        assert all((source.licence, source.citation, source.description, source.bytes))
-        assert not source.url or source.url.startswith("https://")
-        assert not source.url or source.url.endswith("/" + source.filename)
-
-
-# ------------------------------------------------------------------------------------ fetch
-
-
-def test_fetch_downloads_once_and_leaves_nothing_else(origin, tmp_path):
-    cache = tmp_path / "new" / "cache"
-    path = perturbseq.fetch("toy", directory=cache)
-    assert path.read_bytes() == CONTENT
-    origin.unlink()
-    assert perturbseq.fetch("toy", directory=cache) == path
-    assert list(cache.iterdir()) == [path]
-
-
-def test_fetch_uses_the_data_directory(origin, tmp_path, monkeypatch):
-    monkeypatch.setenv("SMS_DATA_DIR", str(tmp_path / "chosen"))
-    assert perturbseq.fetch("toy") == tmp_path / "chosen" / "toy.bin"
-
-
-def test_fetch_over_http(served, tmp_path):
-    served("good")
-    assert perturbseq.fetch("toy", directory=tmp_path).read_bytes() == CONTENT
-
-
-def test_a_wrong_download_is_kept_aside_with_both_sums(served, tmp_path):
-    served("wrong")
-    wrong = CONTENT[:-1] + b"?"
-    both = rf"sha256 {hashlib.sha256(wrong).hexdigest()}.*expected {GOOD}.*toy\.bin\.bad"
-    with pytest.raises(ValueError, match=both):
-        perturbseq.fetch("toy", directory=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["toy.bin.bad"]
-    assert (tmp_path / "toy.bin.bad").read_bytes() == wrong
-    served("good")
-    assert perturbseq.fetch("toy", directory=tmp_path).read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"), [("short", "closed after 6,993 bytes"), ("gone", "HTTP Error 503")]
-)
-def test_a_failed_download_says_which_file_to_put_where(served, tmp_path, answer, reason):
-    served(answer)
-    message = rf"{reason}.*Put the file toy\.bin \(7,000 bytes, sha256 {GOOD}\) into {tmp_path}"
-    with pytest.raises(ConnectionError, match=message):
-        perturbseq.fetch("toy", directory=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_network_says_which_file_to_put_where(monkeypatch, tmp_path):
-    def unreachable(*_args, **_options):
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr("urllib.request.urlopen", unreachable)
-    message = rf"Name or service.*Put the file lowmoi_example_data\.rda .* into {tmp_path}; it com"
-    with pytest.raises(ConnectionError, match=message):
-        perturbseq.fetch("papalexi2021", directory=tmp_path)
-    assert not perturbseq.available("papalexi2021", directory=tmp_path)
-
-
-def test_a_source_without_public_address_says_so(tmp_path):
-    with pytest.raises(ConnectionError, match=r"no public address.*it comes from Replogle"):
-        perturbseq.fetch("replogle2022-gene-lists", directory=tmp_path)
-
-
-def test_plain_http_is_refused_also_as_a_redirect(monkeypatch, tmp_path):
-    monkeypatch.setattr(perturbseq, "SOURCES", {"toy": toy("http://example.org/toy.bin")})
-    with pytest.raises(ConnectionError, match=r"http://example.org/toy.bin is not one of"):
-        perturbseq.fetch("toy", directory=tmp_path)
-    answer = io.BytesIO(CONTENT)
-    answer.url = "http://example.org/elsewhere"
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_args, **_options: answer)
-    monkeypatch.setattr(perturbseq, "SOURCES", {"toy": toy("https://example.org/toy.bin")})
-    with pytest.raises(ConnectionError, match="elsewhere is not one of"):
-        perturbseq.fetch("toy", directory=tmp_path)
-    assert answer.closed
-
-
-def test_an_unknown_source_lists_the_known():
-    with pytest.raises(KeyError, match=r"unknown source 'papalexi'; known: .*'papalexi2021'"):
-        perturbseq.fetch("papalexi")
-
-
-@given(position=st.integers(0, len(CONTENT) - 1), bit=st.integers(0, 7))
-@settings(max_examples=30, deadline=None)
-def test_one_flipped_bit_is_refused(tmp_path_factory, position, bit):
-    folder = tmp_path_factory.mktemp("flipped")
-    spoilt = bytearray(CONTENT)
-    spoilt[position] ^= 1 << bit
-    (folder / "toy.bin").write_bytes(spoilt)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perturbseq, "SOURCES", {"toy": toy("")})
-        assert not perturbseq.available("toy", directory=folder)
-        with pytest.raises(ValueError, match=GOOD):
-            perturbseq.fetch("toy", directory=folder)
-    assert (folder / "toy.bin.bad").read_bytes() == spoilt
-
-
-def refuse(*_args, **_options):
-    raise PermissionError(13, "Permission denied")
-
-
-def test_a_read_only_directory_with_the_good_file_works(origin, tmp_path, monkeypatch):
-    (tmp_path / "toy.bin").write_bytes(CONTENT)
-    for writer in ("os.replace", "os.mkdir", "tempfile.TemporaryDirectory"):
-        monkeypatch.setattr(writer, refuse)
-    assert perturbseq.fetch("toy", directory=tmp_path) == tmp_path / "toy.bin"
-
-
-def test_a_read_only_directory_without_it_asks_for_another(origin, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
-    message = r"toy\.bin is not in .*cannot be written to \(Permission denied\); set SMS_DATA_DIR"
-    with pytest.raises(ConnectionError, match=message):
-        perturbseq.fetch("toy", directory=tmp_path)
-
-
-def test_a_bad_file_that_cannot_be_moved_is_named(origin, tmp_path, monkeypatch):
-    (tmp_path / "toy.bin").write_bytes(b"bad")
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(ValueError, match=r"could not be set aside \(Permission.*remove .*toy\.bi"):
-        perturbseq.fetch("toy", directory=tmp_path)
-
-
-def test_available_knows_disk_network_and_nonsense(origin, tmp_path):
-    cache = tmp_path / "cache"
-    assert perturbseq.available("toy", directory=cache)
-    assert not cache.exists()
-    perturbseq.fetch("toy", directory=cache)
-    origin.unlink()
-    assert perturbseq.available("toy", directory=cache)
-    assert not perturbseq.available("toy", directory=tmp_path)
-    assert not perturbseq.available("nonsense")
 
 
 # -------------------------------------------------------------------- counts_from_log1p
@@ -292,12 +116,7 @@ def test_the_norman_reader_returns_counts_and_totals(tmp_path, monkeypatch):
     path = tmp_path / "origin.h5ad"
     obs = pd.DataFrame({"condition": ["control", "KLF1"]}, index=["a", "b"])
     anndata.AnnData(log1p_of(counts, total), obs=obs, uns={"log1p": {}}).write_h5ad(path)
-    source = replace(
-        toy(path.as_uri(), "norman"),
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        bytes=path.stat().st_size,
-    )
-    monkeypatch.setattr(perturbseq, "SOURCES", {"toy": source})
+    use(monkeypatch, toy(path, "norman"))
     adata = perturbseq.read("toy", directory=tmp_path / "cache")
     np.testing.assert_array_equal(adata.X.toarray(), counts)
     assert adata.X.dtype == np.int32
@@ -306,7 +125,129 @@ def test_the_norman_reader_returns_counts_and_totals(tmp_path, monkeypatch):
     assert not adata.uns
 
 
+# ------------------------------------------------------------------------------------- h5ad
+
+
+def stored(path: Path, counts, **columns) -> Path:
+    """Write a screen as others publish it."""
+    frame = pd.DataFrame(columns, index=[f"c{i}" for i in range(counts.shape[0])])
+    genes = pd.DataFrame(index=[f"g{j}" for j in range(counts.shape[1])])
+    anndata.AnnData(counts, obs=frame, var=genes).write_h5ad(path)
+    return path
+
+
+COUNTS = np.array([[1, 0, 2], [0, 3, 0], [5, 0, 0], [0, 1, 1]], dtype=np.float32)
+
+
+def test_a_whole_file_is_read_as_integer_csr(tmp_path, monkeypatch):
+    path = stored(tmp_path / "screen.h5ad", sparse.csc_matrix(COUNTS), perturbation=list("abab"))
+    use(monkeypatch, toy(path, "h5ad"))
+    adata = perturbseq.read("toy", directory=tmp_path / "cache")
+    np.testing.assert_array_equal(adata.X.toarray(), COUNTS)
+    assert (adata.X.format, adata.X.dtype) == ("csr", np.int32)
+    assert adata.obs["perturbation"].tolist() == list("abab")
+
+
+def test_a_large_file_stays_on_disk(tmp_path, monkeypatch):
+    use(
+        monkeypatch,
+        toy(stored(tmp_path / "screen.h5ad", COUNTS, gene=list("abab")), "backed"),
+    )
+    adata = perturbseq.read("toy", directory=tmp_path / "cache")
+    assert adata.isbacked
+    np.testing.assert_array_equal(adata.X[1:3], COUNTS[1:3])
+    adata.file.close()
+
+
+def test_guides_of_the_full_papalexi_screen_become_targets(tmp_path, monkeypatch):
+    labels = ["STAT1g2", "control", "MARCH8g10", "IFNGR1g1"]  # the g of a gene's name stays
+    path = stored(tmp_path / "screen.h5ad", COUNTS, perturbation=pd.Categorical(labels))
+    use(monkeypatch, toy(path, "papalexi-full"))
+    adata = perturbseq.read("toy", directory=tmp_path / "cache")
+    assert adata.obs["target"].tolist() == ["STAT1", "non-targeting", "MARCH8", "IFNGR1"]
+    assert adata.obs["guide"].tolist() == labels
+    _, design = from_anndata(adata, perturbation_key="target", control=perturbseq.CONTROL)
+    assert design.targets == ("IFNGR1", "MARCH8", "STAT1")
+
+
+def test_a_missing_label_column_names_the_nearest(tmp_path):
+    path = stored(tmp_path / "screen.h5ad", COUNTS, perturbations=list("abab"))
+    with pytest.raises(
+        KeyError, match=r"unknown column 'perturbation'; nearest .*'perturbations'"
+    ):
+        perturbseq._read_papalexi_full(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "noticed"),
+    [
+        (1e4 * COUNTS / COUNTS.sum(1, keepdims=True), "cell adds up to 10000: these are scaled c"),
+        (
+            np.log1p(1e4 * COUNTS / COUNTS.sum(1, keepdims=True)),
+            "cell adds up to 10000: these are log1p-normalised counts",
+        ),
+        (COUNTS + 0.25, "12 of 12 stored values are no counts, and the largest value is 5.25$"),
+        (COUNTS - 2 * (COUNTS == 1), "3 of 6 stored values are no counts, and the largest .* 5$"),
+    ],
+)
+def test_normalised_values_are_refused_and_said_how_noticed(tmp_path, values, noticed):
+    path = stored(tmp_path / "screen.h5ad", sparse.csr_matrix(values), perturbation=list("abab"))
+    with pytest.raises(ValueError, match=rf"screen.h5ad: X holds values.*raw UMIs.*{noticed}"):
+        perturbseq._read_whole(path)
+    adata = perturbseq.read_h5ad(path)
+    with pytest.raises(ValueError, match=noticed.rstrip("$")):
+        from_anndata(adata, perturbation_key="perturbation", control="a")
+
+
+def test_a_file_that_is_no_whole_h5ad_says_why(tmp_path):
+    path = stored(tmp_path / "screen.h5ad", np.eye(200), gene=list("ab" * 100))
+    assert perturbseq.read_h5ad(path).shape == (200, 200)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: size // 2])
+    with pytest.raises(ValueError, match=rf"screen.h5ad \({size // 2:,} bytes\) is cut short"):
+        perturbseq.read_h5ad(path)
+    path.write_bytes(b"<html>a login page</html>")
+    with pytest.raises(ValueError, match=r"begins with b'<html>a login pa', which is not HDF5"):
+        perturbseq.read_h5ad(path)
+    with h5py.File(path, "w") as file:
+        file["matrix"] = [1, 2]
+    with pytest.raises(
+        ValueError, match=r"has no \['X', 'obs', 'var'\] but \['matrix'\]; expected"
+    ):
+        perturbseq.read_h5ad(path)
+    with pytest.raises(FileNotFoundError, match=r"expected an \.h5ad file: '.*nothing'"):
+        perturbseq.read_h5ad(tmp_path / "nothing")
+
+
+@given(st.binary(max_size=200), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_no_rubbish_is_read_as_a_screen(tmp_path_factory, content, as_hdf5):
+    path = tmp_path_factory.mktemp("rubbish") / "screen.h5ad"
+    path.write_bytes(b"\x89HDF\r\n\x1a\n" * as_hdf5 + content)
+    for reader in (perturbseq.read_h5ad, perturbseq._read_papalexi):
+        with pytest.raises(ValueError, match=r"screen\.h5ad"):
+            reader(path)
+
+
 # ------------------------------------------------------------------------------------- rda
+
+
+@on_disk("papalexi2021")
+@pytest.mark.parametrize("share", [0.001, 0.5])
+def test_a_truncated_rda_is_refused(tmp_path, share):
+    whole = (sources.data_dir() / "lowmoi_example_data.rda").read_bytes()
+    path = tmp_path / "lowmoi_example_data.rda"
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"example_data\.rda \([\d,]+ bytes\) is cut short"):
+        perturbseq._read_papalexi(path)
+
+
+def test_a_foreign_rda_says_what_it_holds(monkeypatch, tmp_path):
+    monkeypatch.setattr("rdata.read_rda", lambda *_args, **_options: {"other": 1})
+    path = tmp_path / "x.rda"
+    path.write_bytes(b"RDX3\n")
+    with pytest.raises(ValueError, match=r"holds \['other'\]; expected 'lowmoi_example_data'"):
+        perturbseq._read_papalexi(path)
 
 
 def r_matrix(dense, rows, kind: str = "dgTMatrix") -> SimpleNamespace:
@@ -361,6 +302,7 @@ def fake_rda(monkeypatch):
         return {"lowmoi_example_data": screen}
 
     monkeypatch.setattr("rdata.read_rda", read_rda)
+    monkeypatch.setattr(perturbseq, "_beginning", lambda _path: b"RDX3")
     return values
 
 
@@ -498,9 +440,9 @@ def test_the_control_is_kept_however_small():
 
 def test_filters_refuse_bad_labels_and_empty_results():
     adata = labelled([[1, 1]] * 3, ["A", "A", "non-targeting"])
-    with pytest.raises(KeyError, match=r"'gene' is not in adata\.obs; columns: \['target'\]"):
+    with pytest.raises(KeyError, match=r"'gene' is not in adata\.obs.*columns: \['target'\]"):
         perturbseq.filter_screen(adata, key="gene")
-    with pytest.raises(ValueError, match=r"control 'NT' is not in .*begin with \['A', 'non-targ"):
+    with pytest.raises(ValueError, match=r"control 'NT' is not in .*known: \['A', 'non-targ"):
         perturbseq.filter_screen(adata, control="NT")
     with pytest.raises(ValueError, match=r"(?s)no perturbed cell passes.*at least 3 cells"):
         perturbseq.filter_screen(adata, min_cells=3)
@@ -546,8 +488,8 @@ def test_hold_out_takes_combinations_and_leaves_the_control():
     train, held = perturbseq.hold_out(design, ["A"])
     assert train.tolist() == [0, 3, 4]
     assert held.tolist() == [1, 2]
-    with pytest.raises(KeyError, match=r"\['Z'\] are not targets of the design"):
-        perturbseq.hold_out(design, ["A", "Z"])
+    with pytest.raises(KeyError, match="unknown target 'AB'; nearest .*, unknown target 'Z'; kn"):
+        perturbseq.hold_out(design, ["A", "AB", "Z"])
     with pytest.raises(ValueError, match="4 conditions held out and 0 perturbations to train"):
         perturbseq.hold_out(design, ["A", "B", "C"])
     with pytest.raises(ValueError, match=r"holding out \[\] leaves 0 conditions held out"):
@@ -557,14 +499,142 @@ def test_hold_out_takes_combinations_and_leaves_the_control():
 # ----------------------------------------------------------------------------- command line
 
 
-def test_the_command_line_lists_and_fetches(origin, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SMS_DATA_DIR", str(tmp_path / "cache"))
+def test_the_list_says_what_is_where(origin, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SMS_DATA_DIR", str(tmp_path / "new" / "cache"))
     assert perturbseq.main(["list"]) == 0
-    assert capsys.readouterr().out == "toy\t7,000 bytes\tnot here\n"
+    folder, row, about = capsys.readouterr().out.splitlines()
+    assert folder.startswith(f"files in {tmp_path / 'new' / 'cache'} (")
+    assert folder.endswith(" free)")
+    assert row.split() == ["toy", "7.0", "kB", "absent", "CC0"]
+    assert about.strip() == "a toy"
+    perturbseq.fetch("toy")
+    perturbseq.main(["list"])
+    assert "present" in capsys.readouterr().out
+
+
+def test_the_command_line_fetches(origin, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SMS_DATA_DIR", str(tmp_path / "cache"))
     assert perturbseq.main(["fetch", "toy"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'cache' / 'toy.bin'}\n"
-    perturbseq.main(["list"])
-    assert capsys.readouterr().out.endswith("\there\n")
+
+
+def test_errors_are_one_line_and_a_status(origin, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SMS_DATA_DIR", str(tmp_path / "cache"))
+    assert perturbseq.main(["fetch", "toi"]) == 1
+    assert capsys.readouterr().err == "error: unknown source 'toi'; nearest known: ['toy']\n"
+    origin.unlink()
+    assert perturbseq.main(["fetch", "toy"]) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("error: cannot download toy: ")
+    assert output.err.count("\n") == 1
+    assert not output.out
+
+
+def test_an_interrupt_says_how_to_go_on(origin, monkeypatch, capsys):
+    def interrupted(_name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(perturbseq, "fetch", interrupted)
+    assert perturbseq.main(["fetch", "toy"]) == 130
+    assert "goes on where this one stopped" in capsys.readouterr().err
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """Two sources with recipes and one without; returns the calls that the recipes get."""
+    calls = []
+
+    def recipe(name):
+        return lambda path, **options: calls.append((name, path, options)) or Path("cut.h5ad")
+
+    module = SimpleNamespace(replogle=recipe("replogle"), norman=recipe("norman"))
+    monkeypatch.setitem(sys.modules, "smslib.prepare", module)
+    monkeypatch.setattr("smslib.prepare", module, raising=False)
+    monkeypatch.setattr(perturbseq, "gene_lists", lambda: "the lists")
+    monkeypatch.setenv("SMS_DATA_DIR", str(tmp_path / "cache"))
+    (tmp_path / "screen.h5ad").write_bytes(b"large")
+    screen = toy(tmp_path / "screen.h5ad")
+    recipes = {"big": "replogle", "pairs": "norman", "toy": ""}
+    use(monkeypatch, *(replace(screen, name=n, recipe=r) for n, r in recipes.items()))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "called", "options"),
+    [
+        (["big"], "replogle", {"lists": "the lists", "out": None}),
+        (
+            ["big", "--controls", "20", "--out", "x"],
+            "replogle",
+            {"lists": "the lists", "out": Path("x"), "controls": 20},
+        ),
+        (
+            ["big", "--controls", "all"],
+            "replogle",
+            {"lists": "the lists", "out": None, "controls": "all"},
+        ),
+        (["pairs"], "norman", {"out": None}),
+    ],
+)
+def test_prepare_fetches_and_cuts(recipes, tmp_path, capsys, arguments, called, options):
+    assert perturbseq.main(["prepare", *arguments]) == 0
+    assert recipes == [(called, tmp_path / "cache" / "toy.bin", options)]
+    assert capsys.readouterr().out == "cut.h5ad\n"
+
+
+def test_prepare_takes_a_file_of_the_same_schema(recipes, tmp_path):
+    assert perturbseq.main(["prepare", "big", "--file", "like.h5ad"]) == 0
+    assert recipes[0][1] == Path("like.h5ad")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["toy"], "no recipe prepares toy; it does big, pairs"),
+        (["bag"], "unknown source 'bag'; nearest known: ['big']"),
+        (["pairs", "--controls", "9"], "--controls does not apply to pairs, which keeps them all"),
+    ],
+)
+def test_prepare_refuses_before_it_downloads(recipes, tmp_path, capsys, arguments, message):
+    assert perturbseq.main(["prepare", *arguments]) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "1.5"])
+def test_a_number_of_controls_is_a_number(recipes, capsys, text):
+    with pytest.raises(SystemExit) as caught:
+        perturbseq.main(["prepare", "big", f"--controls={text}"])
+    assert caught.value.code == 2
+    assert f"'{text}' is neither a number of cells nor 'all'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["list"], ["fetch"], ["prepare"]])
+def test_help_shows_examples(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        perturbseq.main([*command, "--help"])
+    assert caught.value.code == 0
+    help_text = capsys.readouterr().out
+    assert "python -m smslib.perturbseq fetch papalexi2021" in help_text
+    assert "SMS_DATA_DIR" in help_text
+
+
+def test_the_examples_in_the_help_can_be_parsed():
+    lines = [line.split() for line in perturbseq._EXAMPLES.splitlines() if "python -m" in line]
+    assert len(lines) == 4
+    for words in lines:
+        options = perturbseq._parser().parse_args(words[3:])
+        assert not hasattr(options, "name") or options.name in sources.SOURCES
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package:RuntimeWarning")
+def test_the_module_runs_as_a_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["perturbseq", "list"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("smslib.perturbseq", run_name="__main__")
+    assert caught.value.code == 0
+    assert "replogle2022-k562-gwps" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- the real files
@@ -607,14 +677,3 @@ def test_norman_is_what_the_book_says():
     perturbed = design.matrix[1:].sum(1)
     assert (perturbed == 1).sum() == 18
     assert (perturbed == 2).sum() == 15
-
-
-@on_disk("replogle2022-gene-lists")
-def test_the_replogle_lists_have_the_published_sizes():
-    lists = perturbseq.read("replogle2022-gene-lists").groupby("list")["symbol"]
-    assert lists.size().to_dict() == {
-        "gene_program": 1186,
-        "pathway": 337,
-        "perturbation_cluster": 683,
-    }
-    assert lists.nunique()["perturbation_cluster"] == 681
