@@ -218,6 +218,8 @@ def test_index_finds_rows_and_names_the_nearest():
     assert design.index(["JAK2", "control"]).tolist() == [2, 0]
     with pytest.raises(KeyError, match=r"unknown condition 'IFNGR'; nearest known: \['IFNGR1'\]"):
         design.index(["IFNGR"])
+    with pytest.raises(KeyError, match="unknown condition 'IFNGR'; .* unknown condition 'JAK'; n"):
+        design.index(["IFNGR", "JAK2", "JAK"])
     assert torch.equal(design.to("cpu").matrix, design.matrix)
 
 
