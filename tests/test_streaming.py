@@ -1,0 +1,486 @@
+"""Cuts of .h5ad files against what anndata reads; killed runs, damaged files, full disks."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from smslib import streaming
+
+LAYOUTS = ("contiguous", "gzip", "columns", "csr", "csr-gzip", "csc", "csc-gzip")
+
+
+def counts(n_cells: int, n_genes: int, *, mean: float = 0.6, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).poisson(mean, (n_cells, n_genes)).astype(np.float32)
+
+
+def write(path, x, layout="contiguous", *, obs=None, var=None, uns=None):
+    """Write counts as anndata does, in one of the layouts that are about."""
+    n_cells, n_genes = x.shape
+    obs = pd.DataFrame(index=[f"c{n}" for n in range(n_cells)]) if obs is None else obs
+    var = pd.DataFrame(index=[f"g{n}" for n in range(n_genes)]) if var is None else var
+    kind, _, compression = layout.partition("-")
+    form = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}.get(kind, np.asarray)
+    screen = anndata.AnnData(X=form(x), obs=obs, var=var, uns=uns or {})
+    screen.write_h5ad(path, compression=compression or None)
+    if layout in ("gzip", "columns"):
+        chunks = (7, 5) if layout == "gzip" else (n_cells, 2)
+        with h5py.File(path, "r+") as file:
+            attributes = dict(file["X"].attrs)
+            del file["X"]
+            dense = file.create_dataset("X", data=x, chunks=chunks, compression="gzip")
+            dense.attrs.update(attributes)
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "source.h5ad", counts(50, 12))
+
+
+def read(path):
+    return anndata.read_h5ad(path)
+
+
+# ------------------------------------------------------------------------------ the same counts
+
+
+@pytest.mark.parametrize("block", [1, 200, 1 << 26])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cut_is_what_anndata_reads_in_every_layout_and_block_size(tmp_path, layout, block):
+    x = counts(60, 23)
+    path = write(tmp_path / "source.h5ad", x, layout)
+    cells, genes = np.array([0, 1, 2, 17, 18, 40, 59]), np.array([1, 2, 9, 22])
+    out = streaming.cut(path, cells=cells, genes=genes, out=tmp_path / "out.h5ad", block=block)
+    kept = read(out)
+    np.testing.assert_array_equal(kept.X.toarray(), x[np.ix_(cells, genes)])
+    assert kept.obs_names.tolist() == [f"c{n}" for n in cells]
+    assert kept.var_names.tolist() == [f"g{n}" for n in genes]
+    assert kept.X.has_canonical_format
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.h5ad", "source.h5ad"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_choice_of_any_matrix(tmp_path_factory, data):
+    n_cells, n_genes = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12))
+    x = counts(n_cells, n_genes, mean=data.draw(st.sampled_from([0.05, 1.0, 200.0])))
+    cells = data.draw(st.lists(st.booleans(), min_size=n_cells, max_size=n_cells).filter(any))
+    genes = data.draw(st.lists(st.booleans(), min_size=n_genes, max_size=n_genes).filter(any))
+    folder = tmp_path_factory.mktemp("any")
+    path = write(folder / "source.h5ad", x, data.draw(st.sampled_from(LAYOUTS[:1] + LAYOUTS[3:])))
+    block = data.draw(st.sampled_from([1, 64, 1000, 1 << 20]))
+    chosen = {"cells": np.array(cells), "genes": np.array(genes)}
+    out = streaming.cut(path, **chosen, out=folder / "out.h5ad", block=block)
+    np.testing.assert_array_equal(read(out).X.toarray(), x[cells][:, genes])
+
+
+@pytest.mark.parametrize("bridge", [0, 1 << 16])
+@pytest.mark.parametrize("layout", ["contiguous", "csr", "csc"])
+def test_gaps_are_read_or_skipped_to_the_same_effect(tmp_path, monkeypatch, layout, bridge):
+    monkeypatch.setattr(streaming, "_BRIDGE", bridge)
+    x = counts(200, 40)
+    path = write(tmp_path / "source.h5ad", x, layout)
+    cells, genes = np.arange(200) % 3 == 1, np.arange(40) % 5 < 2
+    out = streaming.cut(path, cells=cells, genes=genes, out=tmp_path / "out.h5ad", block=3000)
+    np.testing.assert_array_equal(read(out).X.toarray(), x[cells][:, genes])
+
+
+@pytest.mark.parametrize(
+    ("largest", "dtype"), [(0, np.uint8), (255, np.uint8), (256, np.uint16), (70_000, np.uint32)]
+)
+def test_the_counts_get_the_smallest_type_that_holds_them(tmp_path, largest, dtype):
+    x = np.zeros((4, 3), dtype=np.float32)
+    x[2, 1] = largest
+    path = write(tmp_path / "source.h5ad", x)
+    out = streaming.cut(path, cells=np.arange(4), genes=np.arange(3), out=tmp_path / "out.h5ad")
+    assert read(out).X.dtype == dtype
+    np.testing.assert_array_equal(read(out).X.toarray(), x)
+
+
+@pytest.mark.parametrize("dtype", [">f8", "<f4", "i8", "u2"])
+def test_any_numeric_type_is_read(tmp_path, dtype):
+    x = counts(20, 6).astype(dtype)
+    path = write(tmp_path / "source.h5ad", counts(20, 6))
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        file["X"] = x
+    out = streaming.cut(path, cells=np.arange(20), genes=np.arange(1, 5), out=tmp_path / "o.h5ad")
+    np.testing.assert_array_equal(read(out).X.toarray(), x[:, 1:5].astype(int))
+
+
+def test_unsorted_and_repeated_entries_are_put_right(tmp_path):
+    x = sparse.csr_matrix(
+        (np.array([1.0, 2.0, 3.0, 0.0]), np.array([2, 0, 2, 1]), np.array([0, 3, 4])), (2, 3)
+    )
+    path = write(tmp_path / "source.h5ad", np.zeros((2, 3)), "csr")
+    with h5py.File(path, "r+") as file:
+        for name in ("data", "indices", "indptr"):
+            del file["X"][name]
+            file["X"][name] = getattr(x, name)
+    out = streaming.cut(path, cells=np.arange(2), genes=np.arange(3), out=tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(read(out).X.toarray(), [[2, 0, 4], [0, 0, 0]])
+    assert read(out).X.nnz == 2
+
+
+def test_a_matrix_of_before_anndata_0_7_is_read(tmp_path):
+    x = counts(9, 4)
+    path = write(tmp_path / "source.h5ad", x, "csr")
+    with h5py.File(path, "r+") as file:
+        attributes = file["X"].attrs
+        attributes["h5sparse_format"], attributes["h5sparse_shape"] = "csr", attributes["shape"]
+        for name in ("encoding-type", "encoding-version", "shape"):
+            del attributes[name]
+    out = streaming.cut(path, cells=np.arange(3), genes=np.arange(4), out=tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(read(out).X.toarray(), x[:3])
+
+
+# --------------------------------------------------------------------------------- annotations
+
+
+def test_annotations_follow_their_cells_and_genes(tmp_path):
+    obs = pd.DataFrame(
+        {
+            "gene": pd.Categorical(["A", "B", "A", "C"]),
+            "umis": [1, 2, 3, 4],
+            "twice": list("wxyz"),
+        },
+        index=["a", "b", "c", "c"],
+    )
+    var = pd.DataFrame({"length": [1.5, 2.5]}, index=["g", "g"])
+    with pytest.warns(UserWarning, match="not unique"):
+        path = write(tmp_path / "source.h5ad", counts(4, 2), obs=obs, var=var)
+    out = streaming.cut(path, cells=np.array([0, 2, 3]), genes=np.arange(2), out=tmp_path / "o")
+    kept = read(out)
+    assert kept.obs["gene"].tolist() == ["A", "A", "C"]
+    assert kept.obs["gene"].cat.categories.tolist() == ["A", "C"]
+    assert kept.obs["umis"].tolist() == [1, 3, 4]
+    assert kept.obs["twice"].tolist() == ["w", "y", "z"]
+    assert kept.obs_names.tolist() == ["a", "c", "c-1"]
+    assert kept.var_names.tolist() == ["g", "g-1"]
+    assert kept.var["length"].tolist() == [1.5, 2.5]
+
+
+def test_categories_of_before_anndata_0_8_are_read(tmp_path):
+    path = write(
+        tmp_path / "source.h5ad",
+        counts(3, 2),
+        obs=pd.DataFrame({"gene": ["x"] * 3}, index=list("abc")),
+    )
+    with h5py.File(path, "r+") as file:
+        obs = file["obs"]
+        del obs["gene"]
+        obs["gene"] = np.array([1, 0, -1], dtype=np.int8)
+        obs["__categories/gene"] = np.array([b"A", b"B"])
+        obs["gene"].attrs["categories"] = obs["__categories/gene"].ref
+        del obs["_index"]
+        obs["_index"] = np.array([b"a", b"b", b"c"])
+    out = streaming.cut(path, cells=np.arange(3), genes=np.arange(2), out=tmp_path / "out.h5ad")
+    kept = read(out).obs
+    assert kept["gene"].tolist()[:2] == ["B", "A"]
+    assert kept["gene"].isna().tolist() == [False, False, True]
+    assert kept.index.tolist() == ["a", "b", "c"]
+
+
+def test_given_annotations_take_the_place_of_the_sources(tmp_path, source):
+    obs = pd.DataFrame({"target": ["A", "B"]}, index=["p", "q"])
+    var = pd.DataFrame(index=["g5"])
+    out = streaming.cut(
+        source,
+        cells=np.array([4, 5]),
+        genes=np.array([5]),
+        out=tmp_path / "out.h5ad",
+        obs=obs,
+        var=var,
+        uns={"note": "mine"},
+    )
+    kept = read(out)
+    assert kept.obs["target"].tolist() == ["A", "B"]
+    assert kept.uns == {"note": "mine"}
+    assert obs.index.tolist() == ["p", "q"]
+
+
+def test_the_mark_of_a_simulation_is_passed_on(tmp_path):
+    path = write(tmp_path / "source.h5ad", counts(5, 3), uns={"simulated": {"seed": 7}})
+    out = streaming.cut(path, cells=np.arange(5), genes=np.arange(3), out=tmp_path / "out.h5ad")
+    assert read(out).uns["simulated"]["seed"] == 7
+
+
+@pytest.mark.parametrize("layout", ["csr", "csr-gzip"])
+def test_blocks_of_rows_make_up_the_matrix(tmp_path, layout):
+    x = counts(40, 9)
+    path = write(tmp_path / "source.h5ad", x, layout)
+    blocks = list(streaming.row_blocks(path, block=100))
+    assert len(blocks) > 3
+    np.testing.assert_array_equal(sparse.vstack(blocks).toarray(), x)
+
+
+# -------------------------------------------------------------------------------- interruption
+
+
+def slowed(path, out, block, pause):
+    """A process that makes a cut and waits a little after every part."""
+    code = f"""
+import time, numpy as np
+from smslib import streaming
+write_part = streaming._write_part
+def slowly(*arguments):
+    write_part(*arguments)
+    time.sleep({pause})
+streaming._write_part = slowly
+chosen = {{"cells": np.arange(50), "genes": np.arange(12)}}
+streaming.cut({str(path)!r}, **chosen, out={str(out)!r}, block={block})
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+
+def test_a_killed_cut_goes_on_where_it_stopped(tmp_path, source, monkeypatch):
+    out, folder = tmp_path / "out.h5ad", tmp_path / "out.h5ad.part"
+    process = slowed(source, out, block=100, pause=0.2)
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("*.npz"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = {part.name: part.stat().st_mtime_ns for part in folder.glob("*.npz")}
+    assert 3 <= len(done) < 25
+    assert not out.exists()
+
+    written = []
+    write_part = streaming._write_part
+    monkeypatch.setattr(
+        streaming,
+        "_write_part",
+        lambda part, *rest: written.append(part) or write_part(part, *rest),
+    )
+    streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=out, block=100)
+    assert not {part.name for part in written} & done.keys()
+    np.testing.assert_array_equal(read(out).X.toarray(), counts(50, 12))
+    assert not folder.exists()
+
+
+def interrupted(source, out, monkeypatch, after, error=KeyboardInterrupt):
+    """Stop a cut after some parts."""
+    write_part, written = streaming._write_part, []
+
+    def stop(part, *rest):
+        if len(written) == after:
+            raise error
+        write_part(part, *rest)
+        written.append(part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_write_part", stop)
+        with pytest.raises(type(error) if isinstance(error, Exception) else error):
+            streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=out, block=100)
+    return written
+
+
+def test_a_spoiled_part_is_made_again(tmp_path, source, monkeypatch):
+    out = tmp_path / "out.h5ad"
+    first, second, *_ = interrupted(source, out, monkeypatch, after=4)
+    content = bytearray(first.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    first.write_bytes(content)
+    second.write_bytes(second.read_bytes()[:40])
+    streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=out, block=100)
+    np.testing.assert_array_equal(read(out).X.toarray(), counts(50, 12))
+
+
+@pytest.mark.parametrize("other", ["cells", "genes", "source"])
+def test_parts_of_another_cut_are_not_used(tmp_path, source, monkeypatch, other):
+    out, x = tmp_path / "out.h5ad", counts(50, 12)
+    interrupted(source, out, monkeypatch, after=4)
+    cells, genes = np.arange(50), np.arange(12)
+    if other == "source":
+        x = counts(50, 12, seed=1)
+        write(source, x)
+    cells, genes = (
+        (cells[::-1][::-1] if other != "cells" else cells[1:]),
+        genes[other == "genes" :],
+    )
+    streaming.cut(source, cells=cells, genes=genes, out=out, block=100)
+    np.testing.assert_array_equal(read(out).X.toarray(), x[cells][:, genes])
+
+
+def test_a_full_disk_is_explained_and_the_cut_goes_on_afterwards(tmp_path, source, monkeypatch):
+    out = tmp_path / "out.h5ad"
+    write_part, written = streaming._write_part, []
+
+    def full(part, *rest):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_part(part, *rest)
+        written.append(part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_write_part", full)
+        with pytest.raises(OSError, match=r"is full; .* kept in out.h5ad.part.*goes on") as caught:
+            streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=out, block=100)
+    assert caught.value.errno == errno.ENOSPC
+    assert all(part.exists() for part in written)
+    streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=out, block=100)
+    np.testing.assert_array_equal(read(out).X.toarray(), counts(50, 12))
+
+
+def test_other_errors_of_the_disk_are_passed_on(tmp_path, source, monkeypatch):
+    error = PermissionError(errno.EACCES, "not yours")
+    interrupted(source, tmp_path / "out.h5ad", monkeypatch, after=0, error=error)
+
+
+def test_too_little_space_is_noticed_before_anything_is_read(tmp_path, source, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(
+        OSError, match=r"1,000 bytes free, but about 2,400 are needed for 50 cells"
+    ):
+        streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=tmp_path / "out.h5ad")
+    assert [path.name for path in tmp_path.iterdir()] == ["source.h5ad"]
+
+
+def test_what_is_written_is_compared_with_what_was_read(tmp_path, source, monkeypatch):
+    band = streaming._band
+
+    def spoiled(*arguments):
+        rows = band(*arguments)
+        rows.data[0] += 1
+        return rows
+
+    monkeypatch.setattr(streaming, "_band", spoiled)
+    with pytest.raises(ValueError, match="does not hold what was read"):
+        streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=tmp_path / "out.h5ad")
+    assert [path.name for path in tmp_path.iterdir()] == ["source.h5ad"]
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+def refused(path, error, match, *, cells=None, genes=None, **options):
+    chosen = {
+        "cells": np.arange(50) if cells is None else cells,
+        "genes": np.arange(12) if genes is None else genes,
+    }
+    with pytest.raises(error, match=match):
+        streaming.cut(path, **chosen, out=path.with_name("out.h5ad"), **options)
+    assert not path.with_name("out.h5ad.part").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    refused(tmp_path / "none.h5ad", FileNotFoundError, r"none.h5ad does not exist; fetch it")
+
+
+def test_a_truncated_file_is_refused(tmp_path, source):
+    source.write_bytes(source.read_bytes()[:-500])
+    refused(source, ValueError, r"bytes\) cannot be read as HDF5 .*cut short.*fetch it again")
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "table.h5ad"
+    path.write_text("cell,gene\n")
+    refused(path, ValueError, "another kind of file")
+    with h5py.File(path, "w") as file:
+        file["matrix"] = np.zeros(3)
+    refused(path, ValueError, r"no \['X', 'obs', 'var'\], but \['matrix'\]")
+
+
+def test_an_ancient_file_is_refused(tmp_path, source):
+    with h5py.File(source, "r+") as file:
+        del file["obs"]
+        file["obs"] = np.zeros(50, dtype=[("index", "S3")])
+    refused(source, ValueError, "before 0.7; read it with an old anndata")
+
+
+@pytest.mark.parametrize("wrong", ["text", "vector", "coo"])
+def test_a_matrix_of_an_unknown_kind_is_refused(source, wrong):
+    with h5py.File(source, "r+") as file:
+        del file["X"]
+        if wrong == "coo":
+            file.create_group("X").attrs["encoding-type"] = "coo_matrix"
+        else:
+            file["X"] = np.full((50, 12), b"a") if wrong == "text" else np.zeros(50)
+    refused(source, ValueError, "X is stored as .*; expected numbers, dense with two axes, CSR")
+
+
+def test_a_file_damaged_inside_is_refused(tmp_path):
+    path = write(tmp_path / "source.h5ad", counts(50, 12), "gzip")
+    with h5py.File(path) as file:
+        where = file["X"].id.get_chunk_info(10)
+    with path.open("r+b") as file:
+        file.seek(where.byte_offset)
+        file.write(os.urandom(where.size))
+    refused(path, ValueError, "cannot be read between cells .* damaged: fetch it again", block=300)
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path, source):
+    (tmp_path / "out.h5ad").write_text("precious")
+    refused(source, FileExistsError, "out.h5ad exists; delete it or write to another")
+    assert (tmp_path / "out.h5ad").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"cells": np.ones(49, dtype=bool)}, "cells is a mask of 49, but the file has 50"),
+        ({"cells": np.zeros(50, dtype=bool)}, "no cells are chosen of the 50"),
+        ({"genes": np.array([], dtype=int)}, "no genes are chosen of the 12"),
+        ({"genes": np.array([3, 2])}, "genes from 2 to 3 are not ascending positions below 12"),
+        ({"genes": np.array([3, 3])}, "not ascending"),
+        ({"cells": np.array([-1, 4])}, "not ascending positions below 50"),
+        ({"cells": np.array([4, 50])}, "not ascending positions below 50"),
+        ({"obs": pd.DataFrame(index=["a"])}, "obs has 1 rows for 50 chosen"),
+        ({"var": pd.DataFrame(index=["a"])}, "var has 1 rows for 12 chosen"),
+    ],
+)
+def test_choices_that_do_not_fit_the_file_are_refused(source, options, match):
+    refused(source, ValueError, match, **options)
+
+
+def normalised(x):
+    return 1e4 * x / np.maximum(x.sum(1, keepdims=True), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda x: np.log1p(normalised(x)), "all are small fractions, as after log1p"),
+        (normalised, "some are large fractions, as after normalising"),
+        (lambda x: x - x.mean(0), "some are negative, as after centring or scaling"),
+        (lambda x: np.where(x == 2, np.nan, x), "some are missing or infinite"),
+        (lambda x: np.where(x == 2, np.inf, x), "some are missing or infinite"),
+        (lambda x: np.where(x == 2, -2, x), "some are negative"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["contiguous", "csr", "csc"])
+def test_values_that_are_no_counts_are_refused_and_it_is_said_how_that_shows(
+    tmp_path, change, match, layout
+):
+    path = write(tmp_path / "source.h5ad", change(counts(50, 12)).astype(np.float32), layout)
+    refused(path, ValueError, match)
+
+
+def test_the_first_value_that_is_no_count_is_placed(tmp_path):
+    x = counts(50, 12)
+    x[31, 7] = 0.5
+    path = write(tmp_path / "source.h5ad", x)
+    refused(
+        path, ValueError, r"X holds 0\.5 for cell 31, gene 7 \(positions in the file\)", block=99
+    )
+    chosen = {"cells": np.arange(20, 50), "genes": np.array([2, 7])}
+    refused(path, ValueError, "X holds 0.5 for cell 31, gene 7 ", **chosen)
+
+
+def test_row_blocks_want_csr(source):
+    with pytest.raises(ValueError, match="X is not CSR; pass a file that streaming.cut wrote"):
+        next(streaming.row_blocks(source))
