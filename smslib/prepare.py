@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -194,7 +194,7 @@ def replogle(
     *,
     lists: Lists,
     out: str | os.PathLike[str] | None = None,
-    controls: int | Literal["all"] = 0,
+    controls: int | str = 0,
     key: str | None = None,
     seed: int = 0,
 ) -> Path:
@@ -287,13 +287,15 @@ def _drawn(
     labels: pd.Categorical, control: str | None, number: int | str, seed: int
 ) -> Bool[np.ndarray, " cell"]:
     """Draw some or all controls."""
+    if number != "all" and not isinstance(number, int):
+        raise ValueError(f"controls is {number!r}; expected a number or 'all'")
     there = np.flatnonzero(np.asarray(labels == control)) if control else np.array([], dtype=int)
     if number != 0 and control is None:
         raise ValueError(
             f"controls={number!r}, but no cell is labelled {' or '.join(map(repr, _CONTROLS))}; "
             "the labels are other ones (pass key=), or the file has no controls (pass 0)"
         )
-    number = len(there) if number == "all" else int(number)
+    number = len(there) if number == "all" else number
     if not 0 <= number <= len(there):
         raise ValueError(
             f"{number:,} controls are asked for, but there are {len(there):,}; pass at most that "
@@ -366,7 +368,7 @@ def norman(
     path: str | os.PathLike[str],
     *,
     out: str | os.PathLike[str] | None = None,
-    combinations: Literal["labels", "sum"] = "labels",
+    combinations: str = "labels",
     n_genes: int = 3000,
     key: str | None = None,
     seed: int = 0,
