@@ -88,7 +88,13 @@ def prepare(
 
 
 def fit_screen(
-    cells: Cells, design: Design, *, epochs: int, seed: int = 0, method: str = "svae+"
+    cells: Cells,
+    design: Design,
+    *,
+    epochs: int,
+    seed: int = 0,
+    method: str = "svae+",
+    max_grad_norm: float | None = None,
 ) -> tuple[SMSVAE, History]:
     """Fit a method to a real screen by our recipe, with the paper's advice for the sparsity.
 
@@ -102,6 +108,8 @@ def fit_screen(
         Of the split, the initial weights, the batches and the draws.
     method : str
         As in `smslib.recipes.build`.
+    max_grad_norm : float, optional
+        As in `build`.
 
     Returns
     -------
@@ -109,7 +117,8 @@ def fit_screen(
     history : History
     """
     train, validation = split_cells(cells, (0.9, 0.1), seed=seed)
-    model, config = build(train, design, epochs=epochs, seed=seed, method=method)
+    options = {"epochs": epochs, "method": method, "max_grad_norm": max_grad_norm}
+    model, config = build(train, design, seed=seed, **options)
     return model, fit(model, train, config, validation=validation, progress=False)
 
 
@@ -123,6 +132,7 @@ def build(
     n_latent: int = _N_LATENT,
     batch_size: int = 128,
     sparsity: float | None = None,
+    max_grad_norm: float | None = None,
 ) -> tuple[SMSVAE, TrainConfig]:
     """Return an untrained model for a real screen, and how to train it.
 
@@ -140,6 +150,9 @@ def build(
     batch_size : int
     sparsity : float, optional
         alpha; the number of targets by default, as the paper advises.
+    max_grad_norm : float, optional
+        Largest gradient of a loss per cell. Where some genes have hundreds of UMIs per cell
+        (``norman2019-mini``) the learning rate is too large without it.
 
     Returns
     -------
@@ -160,7 +173,10 @@ def build(
     strength = {"svae+": alpha, "svae": 2.0 * (alpha - 1.0)}.get(method)
     options = {"n_latent": n_latent, "sparsity": strength, "seed": seed, "epochs": epochs}
     model, config = recipes.build(cells, design, method=method, **options)
-    return model, replace(config, **_SHORT_TRAINING, batch_size=batch_size)
+    config = replace(config, **_SHORT_TRAINING, batch_size=batch_size)
+    if max_grad_norm is not None:
+        config = replace(config, max_grad_norm=max_grad_norm, loss_scale="cell")
+    return model, config
 
 
 def nulls() -> tuple[str, ...]:
