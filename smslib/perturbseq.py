@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import textwrap
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,16 @@ __all__ = [
 CONTROL = "non-targeting"  # how guide-level screens name their controls
 
 _RDA = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"RDX", b"RDA")  # gzip, bzip2, xz, not compressed
+_NO_RDA = (  # what the parser raises on bytes that are no R data
+    EOFError,
+    IndexError,
+    LZMAError,
+    NotImplementedError,
+    OSError,
+    UserWarning,
+    ValueError,
+    zlib.error,
+)
 _LARGEST_UNIT = 16  # most UMIs that the smallest non-zero value of a cell may stand for
 
 
@@ -200,8 +211,10 @@ def _parse_rda(path: Path) -> Mapping[str, Any]:
     classes = {"dgTMatrix": _r_sparse, "dgCMatrix": _r_sparse}
     classes = {**rdata.conversion.DEFAULT_CLASS_MAP, **classes}
     try:
-        held = rdata.read_rda(path, constructor_dict=classes)
-    except (EOFError, OSError, ValueError, NotImplementedError, LZMAError, zlib.error) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Unknown file type")  # and reads on regardless
+            held = rdata.read_rda(path, constructor_dict=classes)
+    except _NO_RDA as error:
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is cut short or damaged "
             f"({type(error).__name__}: {error}); copy or download it again"

@@ -591,7 +591,7 @@ def _grow(part: Path, source: Source, path: Path) -> str:
             os.fsync(file.fileno())
             return problem
     finally:
-        if not part.stat().st_size:
+        if part.exists() and not part.stat().st_size:
             part.unlink()
 
 

@@ -1,5 +1,6 @@
 """Readers, quality control and command line, on made-up screens and (where they are) real ones."""
 
+import gzip
 import hashlib
 import math
 import runpy
@@ -219,11 +220,15 @@ def test_a_file_that_is_no_whole_h5ad_says_why(tmp_path):
         perturbseq.read_h5ad(tmp_path / "nothing")
 
 
-@given(st.binary(max_size=200), st.booleans())
-@settings(max_examples=30, deadline=None)
-def test_no_rubbish_is_read_as_a_screen(tmp_path_factory, content, as_hdf5):
+BEGINNINGS = [b"", b"\x89HDF\r\n\x1a\n", b"RDX", b"RDX2\n", b"RDX3\nX\n", b"RDA3\nA\n", b"BZh9"]
+
+
+@given(st.binary(max_size=200), st.sampled_from(BEGINNINGS), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_no_rubbish_is_read_as_a_screen(tmp_path_factory, content, beginning, zipped):
     path = tmp_path_factory.mktemp("rubbish") / "screen.h5ad"
-    path.write_bytes(b"\x89HDF\r\n\x1a\n" * as_hdf5 + content)
+    content = beginning + content
+    path.write_bytes(gzip.compress(content) if zipped else content)
     for reader in (perturbseq.read_h5ad, perturbseq._read_papalexi):
         with pytest.raises(ValueError, match=r"screen\.h5ad"):
             reader(path)
