@@ -510,7 +510,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--retry", action="store_true", help="run crashed ones again")
     given = parser.parse_args(arguments)
     study, root = STUDIES[given.experiment](), given.results / "runs" / "simulation"
-    wanted = sweep.chain(*study.values())
+    # Seed by seed, so that an interrupted study knows something of every setting.
+    wanted = sorted(sweep.chain(*study.values()), key=lambda config: config["seed"])
     if given.arm:
         wanted = [config for config in wanted if config["arm"] == given.arm]
     if given.workers:
