@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "benchmark": set(CHAIN) | ALONE | {"ceilings", "controls", "simulate", "studies"},
     "controls": {"metrics"},
     "screens": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq"},
+    "programs": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq", "screens"},
     "holdouts": set(CHAIN) | ALONE | {"lookalike", "perturbseq", "screens"},
     "prediction": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq", "prediction", "screens"},
 }
