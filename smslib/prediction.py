@@ -396,7 +396,8 @@ def ridge(
     .. math:: \min_W \| Y - \bar y - P W G^\top \|^2 + \lambda \| W \|^2
 
     with training effects Y, P the sums of the embeddings of each condition's targets, and G the
-    principal axes of expression (Ahlmann-Eltze et al. 2025, who found no deep model better).
+    principal axes of expression (Ahlmann-Eltze et al. 2025, who found no deep model better;
+    their embeddings are not scaled, and the penalty is on the two sides apart).
 
     Parameters
     ----------
