@@ -340,8 +340,8 @@ def screen_like(
         downloaded), else log-normal quantiles with its moments; ``origin["template"]`` says which.
     lists : optional
         Object with ``targets``, ``genes`` and ``pathways``, whose symbols are then used; one more
-        gene than symbols repeats the first symbol (the real screen has one symbol twice). By
-        default names are invented: ``T001``, ``G0001``.
+        gene than symbols repeats the first symbol (the real screen has one symbol twice). If it
+        has ``clusters``, targets act by them. By default names are invented: ``T001``, ``G0001``.
     effects : Effects, optional
     explained : float
         Share of each gene's dispersion that the latents explain, so far as their effect on its
@@ -380,8 +380,9 @@ def screen_like(
     profile of controls, averaged over 4,000 draws of their latents, is the template's; theta
     covers the dispersion that the latents leave. Cells without UMIs are drawn again.
 
-    Two to three programs per gene at most, a third of the loadings negative or weaker; every
-    latent has genes. A target's own gene is not knocked down.
+    Every gene has one main program, every latent is the main one of some genes, and four fifths
+    of these loadings are positive. Up to two more programs move a gene at less than half the
+    weight. A target's own gene is not knocked down.
     """
     effects = effects or Effects()
     options = {
@@ -401,25 +402,19 @@ def screen_like(
     member = _membership(symbols.targets, clusters)
     shift, strength = _draw_shifts(streams, member, n_latent, effects)
     condition = _draw_conditions(streams, n_targets, n_cells, controls)
-    escaped = (streams["escape"].random(len(condition)) < escape) & (condition > 0)
-    z = shift[condition] * ~escaped[:, None]
-    z += streams["latent"].standard_normal(z.shape)
-    batch = _draw_batches(streams["batch"], condition, batches, confounding, n_targets)
     batch_effect = _draw_batch_effects(streams["batch-effect"], batches, batch_sd, n_genes)
-    exposure = streams["library"].choice(moments.library, size=len(condition))
-    counts = _draw_counts(streams["count"], decoder, z, exposure, batch, batch_effect)
+    drawn = _draw_cells(
+        streams, condition, shift, decoder, batch_effect, moments.library, escape, confounding
+    )
     return LookAlike(
-        cells=Cells(counts, torch.from_numpy(condition)),
+        **drawn,
         design=Design.single_target(symbols.targets, control=perturbseq.CONTROL),
-        z=_float32(z),
         shift=_float32(shift),
         graph=torch.from_numpy(shift[1:] != 0),
         decoder=decoder,
         pathways=symbols.pathways,
         clusters=clusters,
         strength=_float32(strength),
-        escaped=torch.from_numpy(escaped),
-        batch=torch.from_numpy(batch),
         batch_effect=_float32(batch_effect),
         genes=symbols.genes,
         template=moments,
@@ -622,17 +617,26 @@ def _check_disk(folder: Path, needed: int) -> None:
 def _symbols(
     lists: Lists | None, pathways: Mapping[str, int] | None, n_targets: int, n_genes: int
 ) -> tuple[_Symbols, dict[str, tuple[str, ...]]]:
-    """Return all names and the clusters, the pathways first."""
+    """Return all names and the clusters."""
     if lists is None:
         symbols = _invented(pathways, n_targets, n_genes)
     else:
         symbols = _given(lists, pathways, n_targets, n_genes)
-    taken = {target for members in symbols.pathways.values() for target in members}
-    rest = [target for target in symbols.targets if target not in taken]
-    n_clusters = max(1, round(len(_REST) * len(rest) / sum(_REST)))
-    groups = _split(rest, _REST[:n_clusters])
-    numbered = enumerate(groups, start=len(symbols.pathways) + 1)
-    return symbols, {**symbols.pathways, **{f"cluster-{n:02d}": group for n, group in numbered}}
+    return symbols, _clusters(symbols, getattr(lists, "clusters", {}))
+
+
+def _clusters(
+    symbols: _Symbols, given: Mapping[str, Collection[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Partition the targets: pathways, then clusters given, then groups of what is left."""
+    clusters, left = dict(symbols.pathways), dict.fromkeys(symbols.targets)
+    for name, members in [*clusters.items(), *given.items()]:
+        group = tuple(target for target in dict.fromkeys(members) if target in left)
+        clusters |= {name: group} if group else {}
+        left = {target: None for target in left if target not in group}
+    n_groups = max(1, round(len(_REST) * len(left) / sum(_REST)))
+    numbered = enumerate(_split(tuple(left), _REST[:n_groups]), start=len(clusters) + 1)
+    return clusters | {f"cluster-{number:02d}": group for number, group in numbered}
 
 
 def _invented(pathways: Mapping[str, int] | None, n_targets: int, n_genes: int) -> _Symbols:
@@ -833,14 +837,17 @@ def _draw_conditions(
 def _draw_batches(
     rng: np.random.Generator,
     condition: Int[np.ndarray, " cell"],
-    batches: int,
     confounding: float,
-    n_targets: int,
+    sizes: tuple[int, int],
 ) -> Int[np.ndarray, " cell"]:
-    """Return every cell's batch: its target's own with probability ``confounding``, else any."""
-    home = rng.integers(batches, size=n_targets + 1)
+    """Return every cell's batch: its target's own with probability ``confounding``, else any.
+
+    ``sizes`` are the numbers of batches and of conditions.
+    """
+    n_batches, n_conditions = sizes
+    home = rng.integers(n_batches, size=n_conditions)
     at_home = rng.random(len(condition)) < confounding
-    return np.where(at_home, home[condition], rng.integers(batches, size=len(condition)))
+    return np.where(at_home, home[condition], rng.integers(n_batches, size=len(condition)))
 
 
 def _draw_batch_effects(
@@ -849,6 +856,32 @@ def _draw_batch_effects(
     if batches == 1:
         return np.zeros((1, n_genes))
     return batch_sd * rng.standard_normal((batches, n_genes))
+
+
+def _draw_cells(
+    streams: Mapping[str, np.random.Generator],
+    condition: Int[np.ndarray, " cell"],
+    shift: Float[np.ndarray, "condition latent"],
+    decoder: ProgramDecoder,
+    batch_effect: Float[np.ndarray, "batch gene"],
+    library: Float[np.ndarray, " donor"],
+    escape: float,
+    confounding: float,
+) -> dict[str, Any]:
+    """Return what a `LookAlike` holds of each cell."""
+    escaped = (streams["escape"].random(len(condition)) < escape) & (condition > 0)
+    z = shift[condition] * ~escaped[:, None]
+    z += streams["latent"].standard_normal(z.shape)
+    sizes = (len(batch_effect), len(shift))
+    batch = _draw_batches(streams["batch"], condition, confounding, sizes)
+    exposure = streams["library"].choice(library, size=len(condition))
+    counts = _draw_counts(streams["count"], decoder, z, exposure, batch, batch_effect)
+    return {
+        "cells": Cells(counts, torch.from_numpy(condition)),
+        "z": _float32(z),
+        "escaped": torch.from_numpy(escaped),
+        "batch": torch.from_numpy(batch),
+    }
 
 
 def _response(z: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 from sklearn.linear_model import Ridge
 
-from smslib import lookalike, perturbseq, simulate
+from smslib import lookalike, perturbseq, prepare, simulate
 from smslib.data import from_anndata
 from smslib.lookalike import Effects, Template, screen_like, template_of, to_anndata, write
 
@@ -385,6 +385,16 @@ def test_given_symbols_are_used():
     assert sum(map(len, screen.clusters.values())) == 60
 
 
+def test_given_clusters_are_used_for_what_no_pathway_has():
+    given = {"a": ["A0", "A2", "A2", "A3"], "b": ["A0", "A1"], "c": ["A3", "A4"]}
+    _, clusters = lookalike._symbols(lists(clusters=given), None, 60, 120)
+    assert clusters["one"] == ("A0", "A1")
+    assert (clusters["a"], clusters["c"]) == (("A2", "A3"), ("A4",))
+    assert "b" not in clusters
+    members = [target for group in clusters.values() for target in group]
+    assert sorted(members) == sorted(f"A{n}" for n in range(60))
+
+
 def test_invented_names_are_told_from_real_ones(small):
     assert small.design.targets[:2] == ("T01", "T02")
     assert small.genes[-1] == "G120"
@@ -454,6 +464,14 @@ def test_surplus_is_strewn_among_what_the_cut_finds_again(small, tmp_path):
     own = read.X[~cells][:, genes]
     z = (own.mean(0) - TEMPLATE.mean) / (own.std(0) / np.sqrt(len(own)))
     assert np.abs(z).max() < 5
+
+
+def test_the_cut_of_the_real_file_runs_on_it_unchanged(small, tmp_path):
+    path = write(small, tmp_path / "like.h5ad", surplus_genes=50, surplus_cells=200)
+    cut = prepare.replogle(path, lists=small.lists, out=tmp_path / "cut.h5ad", controls="all")
+    read = anndata.read_h5ad(cut)
+    assert np.array_equal(read.X.toarray(), small.cells.counts.numpy())
+    assert read.uns["simulated"]["warning"] == small.origin["warning"]
 
 
 def test_writing_twice_gives_the_same_file(small, tmp_path):
