@@ -74,7 +74,7 @@ _FEWEST_PER_TARGET = 7  # on average, so that the smallest target has a cell
 # Mean and standard deviation of logs, in the controls of papalexi2021 (see `_papalexi`).
 _LOG_MEAN = (-0.023, 1.049)
 _LOG_DISPERSION = (-0.941, 0.975)
-_LOG_LIBRARY = (5.242, 0.556)
+_LOG_LIBRARY = 0.556  # its mean follows from the genes'
 _SIZE_SPREAD = 0.56  # sd of log cells per target
 _LEAK = 0.5
 _LARGEST_LOADING = 0.7  # sd of a gene's log rate due to the latents
@@ -179,7 +179,8 @@ class Template:
     Raises
     ------
     ValueError
-        If shapes disagree, or a value is not positive.
+        If shapes disagree, a value is not positive, or libraries and means are not of the same
+        genes.
     """
 
     name: str
@@ -201,6 +202,11 @@ class Template:
                     f"the template {self.name!r} has a {what} that is not positive, or none; drop "
                     "genes and cells without UMIs first"
                 )
+        if not np.isclose(self.library.mean(), self.mean.sum(), rtol=0.05):
+            raise ValueError(
+                f"the template {self.name!r} has {self.library.mean():.5g} UMIs per cell, but its "
+                f"gene means sum to {self.mean.sum():.5g}; expected both over the same genes"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -737,12 +743,11 @@ def _log_normal(n: int = 500) -> Template:
 
     z = norm.ppf((np.arange(n) + 0.5) / n)
     shuffled = np.random.default_rng(0).permutation(z)  # dispersion hardly depends on the mean
-    return Template(
-        "log-normal, moments of papalexi2021",
-        np.exp(_LOG_MEAN[0] + _LOG_MEAN[1] * z).clip(0.25),
-        np.exp(_LOG_DISPERSION[0] + _LOG_DISPERSION[1] * shuffled).clip(*_DISPERSION),
-        np.exp(_LOG_LIBRARY[0] + _LOG_LIBRARY[1] * z),
-    )
+    mean = np.exp(_LOG_MEAN[0] + _LOG_MEAN[1] * z).clip(0.25)
+    dispersion = np.exp(_LOG_DISPERSION[0] + _LOG_DISPERSION[1] * shuffled).clip(*_DISPERSION)
+    library = np.exp(_LOG_LIBRARY * z)
+    library *= mean.sum() / library.mean()
+    return Template("log-normal, moments of papalexi2021", mean, dispersion, library)
 
 
 def _resized(template: Template, n_genes: int, rng: np.random.Generator) -> Template:

@@ -195,9 +195,11 @@ def test_the_default_template_is_the_real_screen_and_the_fallback_resembles_it()
     real, made = lookalike._template(None), lookalike._log_normal()
     assert real.name.startswith("papalexi2021")
     assert len(real.mean) == 115
+    for template in (real, made):
+        assert template.library.mean() == pytest.approx(template.mean.sum())
+    assert np.log(made.mean).mean() == pytest.approx(np.log(real.mean).mean(), abs=0.1)
     for what in ("mean", "library"):
         logs, fallback = np.log(getattr(real, what)), np.log(getattr(made, what))
-        assert fallback.mean() == pytest.approx(logs.mean(), abs=0.1)
         assert fallback.std() == pytest.approx(logs.std(), abs=0.15)
     assert np.median(made.dispersion) == pytest.approx(np.median(real.dispersion), abs=0.1)
 
@@ -558,10 +560,11 @@ def test_bad_effects_are_refused(change, message):
         ({"dispersion": np.ones(3)}, r"means have shape \(2,\), dispersions \(3,\)"),
         ({"mean": np.array([1.0, 0.0])}, "'bad' has a mean that is not positive"),
         ({"library": np.empty(0)}, "'bad' has a library that is not positive, or none"),
+        ({"library": np.ones(4)}, "'bad' has 1 UMIs per cell, but its gene means sum to 2"),
     ],
 )
 def test_bad_templates_are_refused(change, message):
-    good = {"mean": np.ones(2), "dispersion": np.ones(2), "library": np.ones(4)}
+    good = {"mean": np.ones(2), "dispersion": np.ones(2), "library": np.full(4, 2.0)}
     with pytest.raises(ValueError, match=message):
         Template("bad", **{**good, **change})
 
