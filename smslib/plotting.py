@@ -27,6 +27,7 @@ __all__ = [
     "LOOKS",
     "SINGLE",
     "Look",
+    "clustered",
     "curves",
     "densities",
     "graph",
@@ -37,6 +38,7 @@ __all__ = [
     "look",
     "matching",
     "panels",
+    "programs",
     "scatter",
     "scores",
     "shifts",
@@ -604,6 +606,89 @@ def shifts(shift: Real[np.ndarray, "target latent"], *, ax: Axes | None = None) 
     ax.figure.colorbar(image, ax=ax, label="shift (prior s.d.)")
     ax.set(xlabel="target", ylabel="latent")
     ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.grid(visible=False)
+    return ax
+
+
+@style()
+def clustered(
+    gates: Real[np.ndarray, "target latent"],
+    *,
+    targets: Sequence[str],
+    rows: Int[np.ndarray, " target"],
+    columns: Int[np.ndarray, " latent"],
+    labels: Int[np.ndarray, " target"],
+    groups: Sequence[str | None] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a gate matrix in the order of its clusters, with a line between them.
+
+    Parameters
+    ----------
+    gates : array, (n_targets, n_latent)
+        Probabilities of open gates.
+    targets : sequence of str, length n_targets
+    rows, columns : array of int
+        The targets and the latents in the order in which to draw them.
+    labels : array of int, (n_targets,)
+        Cluster of each target, in the order of ``gates``.
+    groups : sequence of str or None, length n_targets, optional
+        What is known of each target, written beside its name.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        Targets top to bottom, latents along x under their own numbers.
+    """
+    known = [None] * len(targets) if groups is None else groups
+    names = [
+        f"{target} ({group})" if group else target
+        for target, group in zip(targets, known, strict=True)
+    ]
+    ax = graph(gates[np.ix_(rows, columns)], targets=[names[row] for row in rows], ax=ax)
+    for place in np.flatnonzero(np.diff(labels[rows])):
+        ax.axhline(place + 0.5, color="black", linewidth=0.8)
+    ax.set_xticks(range(len(columns)), [str(column) for column in columns])
+    return ax
+
+
+@style()
+def programs(
+    weights: Real[np.ndarray, "latent gene"],
+    *,
+    genes: Sequence[str],
+    latents: Sequence[object] | None = None,
+    label: str = "log rate per prior s.d.",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw what latents do to some genes as a heatmap, zero in white.
+
+    Parameters
+    ----------
+    weights : array, (n_latent, n_genes)
+        Of the genes to be shown, such as the strongest of each latent.
+    genes : sequence of str, length n_genes
+    latents : sequence, length n_latent, optional
+        Their names; numbers by default.
+    label : str
+        Of the colour bar: what the weights are, and their unit.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        Genes top to bottom, latents along x.
+    """
+    ax = _axes(ax)
+    largest = float(np.abs(weights).max()) or 1.0
+    colours = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r", "aspect": "auto"}
+    image = ax.imshow(np.asarray(weights, dtype=float).T, **colours)
+    ax.figure.colorbar(image, ax=ax, label=label)
+    names = range(len(weights)) if latents is None else latents
+    ax.set_xticks(range(len(weights)), [str(name) for name in names])
+    ax.set_yticks(range(len(genes)), genes, fontsize=7)
+    ax.set_xlabel("latent")
     ax.grid(visible=False)
     return ax
 

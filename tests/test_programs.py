@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from smslib import metrics, perturbseq, programs, screens, store, sweep
+from smslib import metrics, perturbseq, plotting, programs, screens, store, sweep
 from smslib.data import Cells, Design
 from smslib.evaluate import latents
 from smslib.model import SMSVAE
@@ -675,7 +675,11 @@ PLANTED, BLOCK = 3, 8  # latents, and genes that each of them moves
 
 @pytest.fixture(scope="module")
 def planted_screen():
-    """Each latent moves eight genes of 32 up, and is moved by four targets of twelve."""
+    """Each latent moves eight genes of 32 up, and is moved by four targets of twelve.
+
+    The models are told which targets move the same latent, the second one in another order:
+    whether a short fit finds out is not the question here.
+    """
     rng = np.random.default_rng(0)
     condition = np.repeat(np.arange(13), 60)
     shift = np.vstack([np.zeros(PLANTED), np.kron(np.eye(PLANTED), np.full((4, 1), 4.0))])
@@ -687,9 +691,17 @@ def planted_screen():
     design = Design.single_target([f"target{number}" for number in range(12)])
     models = []
     for seed in range(2):
-        model = SMSVAE.preset("svae+", design, 32, n_latent=PLANTED, n_hidden=16, seed=seed)
+        size = {"n_latent": PLANTED, "n_hidden": 16, "newton": True}
+        model = SMSVAE.preset("svae+", design, 32, seed=seed, **size)
         model.standardise(cells)
-        fit(model, cells, TrainConfig(epochs=30, batch_size=60, seed=seed), progress=False)
+        told = torch.from_numpy(np.roll(shift[1:], seed, axis=1)).float()
+        with torch.no_grad():
+            model.prior.gate.logit.copy_(2.5 * told - 5.0)
+            model.prior.slab.mean.copy_(told)
+        config = TrainConfig(
+            epochs=15, batch_size=60, learning_rate=1e-2, warmup_epochs=1, seed=seed
+        )
+        fit(model, cells, config, progress=False)
         models.append(model)
     return cells, models
 
@@ -843,3 +855,43 @@ def test_the_real_screen_measures_the_response():
 
 
 # ---------------------------------------------------------------- figures
+
+
+def test_clusters_are_drawn_in_their_order_with_lines_between():
+    gates = np.array([[0.9, 0.1], [0.0, 0.2], [0.8, 0.1]])
+    ax = plotting.clustered(
+        gates,
+        targets=["a", "b", "c"],
+        rows=np.array([1, 0, 2]),
+        columns=np.array([1, 0]),
+        labels=np.array([2, 1, 2]),
+        groups=["x", None, "y"],
+    )
+    (image,) = ax.get_images()
+    assert np.asarray(image.get_array()).tolist() == [[0.2, 0.0], [0.1, 0.9], [0.1, 0.8]]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["b", "a (x)", "c (y)"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "0"]
+    assert [line.get_ydata()[0] for line in ax.get_lines()] == [0.5]
+
+
+def test_clusters_need_no_groups():
+    order = np.arange(2)
+    gates = np.eye(2)
+    ax = plotting.clustered(
+        gates, targets=["a", "b"], rows=order, columns=order, labels=np.ones(2, dtype=int)
+    )
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b"]
+    assert len(ax.get_lines()) == 0
+
+
+def test_programs_are_white_at_zero():
+    weights = np.array([[0.0, -2.0, 1.0], [0.5, 0.0, 0.0]])
+    ax = plotting.programs(weights, genes=["A", "B", "C"], latents=["first", 7])
+    (image,) = ax.get_images()
+    assert np.asarray(image.get_array()).tolist() == weights.T.tolist()
+    assert image.get_clim() == (-2, 2)
+    assert min(image.cmap(image.norm(0.0))[:3]) > 0.95
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["A", "B", "C"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["first", "7"]
+    nothing = plotting.programs(np.zeros((1, 2)), genes=["A", "B"])
+    assert nothing.get_images()[0].get_clim() == (-1, 1)
