@@ -241,6 +241,8 @@ def replogle(
     UserWarning
         If the result has other sizes than the paper's and the file is not marked as simulated.
     """
+    import pandas as pd
+
     path = Path(path)
     out = streaming.absent(out or path.with_name(f"{path.stem}-prepared.h5ad"))
     with streaming.opened(path) as file:
@@ -251,7 +253,7 @@ def replogle(
     wanted = np.asarray(labels.isin(list(lists.targets)))
     control = next((word for word in _CONTROLS if word in labels.categories), None)
     kept = wanted | _drawn(labels, control, controls, seed)
-    genes = np.isin(symbols, list(lists.genes))
+    genes = pd.Index(symbols).isin(list(lists.genes))
     table = _replogle_ledger(labels, wanted, kept, symbols, genes)
     _warn_of_difference(table["note"].iloc[-1], mark)
     with streaming.opened(path) as file:
