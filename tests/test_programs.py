@@ -420,7 +420,7 @@ def test_random_sets_get_uniform_p_values():
     rng = np.random.default_rng(0)
     weights = make_programs(rng.normal(size=(1, 150)))
     sets = {f"s{number}": rng.choice(weights.genes, 12, replace=False) for number in range(150)}
-    p_value = programs.enrich(weights, sets)["p_value"]
+    p_value = programs.enrich(weights, sets, n_permutations=1000)["p_value"]
     assert stats.kstest(p_value, "uniform").pvalue > 0.01
     assert (p_value < 0.1).mean() < 0.2
 
