@@ -436,8 +436,9 @@ def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict
     -------
     dict
         ``<arm>.<setting>.<method>.seeds``, ``<arm>.<setting>.<method>.<score>`` (lists over
-        seeds), and of each list ``.mean``, ``.sd``, ``.low``, ``.high`` (95 % t interval; None for
-        a single seed) and ``.n``. An empty setting is left out.
+        seeds; where some runs lack the score, its ``.seeds`` names the others), and of each list
+        ``.mean``, ``.sd``, ``.low``, ``.high`` (95 % t interval; None for a single seed) and
+        ``.n``. An empty setting is left out.
     """
     values: dict[str, object] = {}
     for setting, configs in study.items():
@@ -446,7 +447,10 @@ def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict
             key = ".".join(name for name in (arm, setting, method) if name)
             values[f"{key}.seeds"] = group["seed"].tolist()
             for score in _scores(group, configs):
-                values |= _summary(f"{key}.{score}", group[score].dropna().tolist())
+                scored = group.dropna(subset=score)
+                values |= _summary(f"{key}.{score}", scored[score].tolist())
+                if len(scored) < len(group):
+                    values[f"{key}.{score}.seeds"] = scored["seed"].tolist()
     return values
 
 

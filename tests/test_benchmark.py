@@ -271,6 +271,8 @@ def test_a_score_that_one_run_lacks_is_left_out_there(tmp_path):
     study = {"": [*STUDY[""], more["config"]]}
     values = benchmark.summarise(sweep.collect(write([*ENTRIES, more], tmp_path)), study)
     assert values["smslib.vae.f1"] == [0.5]
+    assert values["smslib.vae.f1.seeds"] == [1]
+    assert "smslib.vae.mcc.seeds" not in values
     assert values["smslib.vae.mcc"] == [0.1, 0.2]
     assert "smslib.svae+.f1" not in values
 
