@@ -234,9 +234,11 @@ def annotations(group: h5py.Group, positions: np.ndarray) -> pd.DataFrame:
     import pandas as pd
 
     index = pd.Index(np.asarray(column(group, group.attrs["_index"]))[positions])
-    read = {name: pd.Series(column(group, name)) for name in columns(group)}
-    chosen = {name: values.iloc[positions].array for name, values in read.items()}
-    frame = pd.DataFrame(chosen, index=index)
+
+    def chosen(name: str) -> Any:  # noqa: ANN401 (array, categorical, ...)
+        return pd.Series(column(group, name)).iloc[positions].array
+
+    frame = pd.DataFrame({name: chosen(name) for name in columns(group)}, index=index)
     for name in frame.select_dtypes("category"):
         frame[name] = frame[name].cat.remove_unused_categories()
     return frame
