@@ -111,8 +111,9 @@ INVARIANT = {
     "pairwise_mcc": (lambda t, e: metrics.pairwise_mcc([t, e])[0, 1], LATENT),
     "dci": (metrics.dci, LATENT),
 }
-VALUES = {"Matching", "DCI", "Calibration", "Interval", "Paired"}
-OF_SEEDS = {"interval", "paired"}
+VALUES = {"Matching", "DCI", "Calibration", "Interval", "Paired", "PairedSigns"}
+# Of seeds, of tests, of any list of items: not of latents.
+OF_SEEDS = {"interval", "paired", "paired_signs", "holm", "average_precision"}
 # The lasso is solved to a part in a million of the variance, the rest to rounding.
 TOLERANCE = {"dci": 1e-3}
 CASES = [(name, change) for name, (_, changes) in INVARIANT.items() for change in changes]
@@ -673,6 +674,65 @@ def test_paired_differences_are_scipys(seed, n):
     assert swapped == pytest.approx((-found.mean, -found.high, -found.low, n, found.p_value))
 
 
+def every_sign(differences):
+    """Enumerate the null: the mean under every pattern of signs."""
+    signs = itertools.product([-1, 1], repeat=len(differences))
+    return np.array([np.mean(pattern * differences) for pattern in signs])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(2, 9))
+def test_few_pairs_are_tested_by_every_pattern_of_signs(seed, n):
+    a, b = np.random.default_rng(seed).standard_normal((2, n))
+    found, null = metrics.paired_signs(a, b, level=0.9), every_sign(a - b)
+    two_sided = np.mean(np.abs(null) >= abs(np.mean(a - b)) - 1e-12)
+    assert found.p_sign_flip == pytest.approx(two_sided)
+    assert found.p_wilcoxon == pytest.approx(stats.wilcoxon(a, b).pvalue)
+    assert found[:4] == metrics.paired(a, b, level=0.9)[:4]
+
+
+def test_many_pairs_are_tested_by_seeded_flips():
+    a, b = np.random.default_rng(3).standard_normal((2, 40))
+    found = metrics.paired_signs(a + 0.3, b, seed=1)
+    assert found == metrics.paired_signs(a + 0.3, b, seed=1)
+    # Of 40 differences the mean is all but normal.
+    spread = np.sqrt(np.sum((a + 0.3 - b) ** 2)) / 40
+    normal = 2 * stats.norm.sf(abs(found.mean) / spread)
+    assert found.p_sign_flip == pytest.approx(normal, abs=0.02)
+
+
+@pytest.mark.parametrize(("a", "b"), [([2.0], [1.0]), ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])])
+def test_one_pair_or_no_difference_proves_nothing(a, b):
+    assert metrics.paired_signs(a, b)[4:] == (1.0, 1.0)
+
+
+def test_holm_by_hand():
+    # Sorted .01, .02, .03, .5 times 4, 3, 2, 1; no value falls below the one before it.
+    np.testing.assert_allclose(metrics.holm([0.03, 0.01, 0.5, 0.02]), [0.06, 0.04, 0.5, 0.06])
+    assert metrics.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+    assert metrics.holm([]).size == 0
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_lies_between_no_correction_and_bonferronis(p_values):
+    p, corrected = np.array(p_values), metrics.holm(p_values)
+    assert (corrected >= p).all()
+    assert (corrected <= np.minimum(len(p) * p, 1)).all()
+    smallest = p.argmin()
+    assert corrected[smallest] == min(1, len(p) * p[smallest])
+    assert (np.diff(corrected[np.argsort(p)]) >= 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), n_levels=st.integers(1, 6))
+def test_average_precision_is_sklearns(seed, n_levels):
+    rng = np.random.default_rng(seed)
+    truth, score = rng.random(15) < 0.4, rng.integers(0, n_levels, 15)
+    truth[0] = True
+    expected = average_precision_score(truth, score)
+    assert metrics.average_precision(truth, score) == pytest.approx(expected)
+
+
 def test_pairing_removes_what_the_seeds_share():
     rng = np.random.default_rng(0)
     data = rng.normal(scale=10, size=10)
@@ -761,6 +821,18 @@ Z = np.ones((4, 2)) * np.arange(4)[:, None]
         (
             lambda: metrics.graph_scores(Z, Z * np.nan, identity(2)),
             "estimated graph holds 8 NaN; expected probabilities",
+        ),
+        (
+            lambda: metrics.holm([0.1, 1.2]),
+            r"p_values are \[0.1, 1.2\]; expected numbers from 0 to 1, one per test",
+        ),
+        (
+            lambda: metrics.average_precision(np.zeros(3, bool), np.arange(3)),
+            r"shape \(3,\) with 0 true, score has shape \(3,\); expected one score per item",
+        ),
+        (
+            lambda: metrics.average_precision(np.ones(1, bool), np.array([np.nan])),
+            "score holds nan; expected finite numbers",
         ),
         (
             lambda: metrics.graph_scores(Z, Z, identity(2), as_released=True),

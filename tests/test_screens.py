@@ -71,6 +71,41 @@ def test_left_out_target_moves_to_the_end_and_keeps_its_cells():
     assert (held.counts.ravel().tolist(), held.condition.tolist()) == ([2, 5], [3, 3])
 
 
+def test_a_group_and_a_combination_are_left_out_as_targets_of_their_own():
+    matrix = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1.0]])
+    design = Design(("control", "a", "b", "a+b", "c"), ("a", "b", "c"), matrix)
+    cells = Cells(torch.arange(5.0).reshape(5, 1), torch.arange(5))
+    known, held, larger = screens.leave_out(cells, design, ["a+b", "c"])
+    assert larger.conditions == ("control", "a", "b", "a+b", "c")
+    assert larger.targets == ("a", "b", "a+b", "c")
+    assert torch.equal(larger.matrix[1:], torch.eye(4))
+    assert (known.condition.tolist(), held.condition.tolist()) == ([0, 1, 2], [3, 4])
+    assert held.counts.ravel().tolist() == [3, 4]
+    small = screens.without(design, ["a+b", "c"])
+    assert (small.conditions, small.targets) == (("control", "a", "b"), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ([], r"holding out \[\] leaves 2 perturbations of 2 to train on; expected some"),
+        (["a", "b"], r"holding out \['a', 'b'\] leaves 0 perturbations of 2 to train on"),
+        (["control"], "leaves 2 perturbations of 2 .* not the control 'control'"),
+        (["a", "a"], "leaves 1 perturbations of 2 to train on; expected some of them, each once"),
+    ],
+)
+def test_a_hold_out_that_makes_no_sense_is_refused(held, message):
+    with pytest.raises(ValueError, match=message):
+        screens.without(Design.single_target(["a", "b"]), held)
+
+
+def test_a_target_is_not_held_out_while_its_combination_is_kept():
+    matrix = torch.tensor([[0, 0], [1, 0], [1, 1.0]])
+    design = Design(("control", "a", "a+b"), ("a", "b"), matrix)
+    with pytest.raises(ValueError, match=r"\['a'\] are held out, but combinations that are kept"):
+        screens.without(design, ["a"])
+
+
 def test_leaving_out_an_unknown_target_names_the_known():
     cells = Cells(torch.ones(2, 1), torch.tensor([0, 1]))
     with pytest.raises(KeyError, match="unknown condition 'aa'; nearest known"):
@@ -110,6 +145,27 @@ def test_a_short_fit_keeps_the_recipe_and_shortens_its_schedule(monkeypatch):
     assert model.newton
     assert config.encoder_share < 1
     assert model.prior.gate.alpha == 1.0  # one target
+
+
+@pytest.mark.parametrize(
+    ("method", "strength"), [("svae+", {"alpha": 7.0}), ("svae", {"strength": 12.0})]
+)
+def test_both_sparsities_keep_the_same_edges(method, strength):
+    """An edge of n cells stays if n m^2 / 2 exceeds 2 (alpha - 1), or the strength."""
+    cells = Cells(torch.ones(20, 3), torch.arange(20) % 2)
+    model, _ = screens.build(
+        cells, Design.single_target(["a"]), epochs=2, method=method, sparsity=7.0
+    )
+    assert model.prior.gate.options().items() >= strength.items()
+
+
+def test_a_clipped_fit_has_a_loss_per_cell():
+    cells, design = Cells(torch.ones(20, 3), torch.arange(20) % 2), Design.single_target(["a"])
+    options = {"epochs": 2, "n_latent": 3, "batch_size": 16}
+    model, config = screens.build(cells, design, max_grad_norm=5.0, **options)
+    assert (config.max_grad_norm, config.loss_scale, config.batch_size) == (5.0, "cell", 16)
+    assert model.n_latent == 3
+    assert screens.build(cells, design, **options)[1].loss_scale == "screen"
 
 
 # ---------------------------------------------------------------- the study

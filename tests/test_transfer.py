@@ -1,6 +1,8 @@
 """Transfer: what is frozen stays frozen, and the closed form is where the gradient vanishes."""
 
 import copy
+import itertools
+from dataclasses import replace
 
 import jaxtyping
 import numpy as np
@@ -8,11 +10,12 @@ import pytest
 import torch
 from scipy import optimize
 
-from smslib import simulate, transfer
+from smslib import metrics, simulate, transfer
 from smslib.data import Cells, Design, split_cells
 from smslib.distributions import kl_to_shifted_normal
 from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
+from smslib.priors import BetaGate, L1Gate
 from smslib.train import TrainConfig, fit
 from smslib.transfer import adapt, binarise, extend, protocol
 
@@ -242,6 +245,184 @@ def test_with_steps_a_vae_still_has_nothing_to_learn():
     np.testing.assert_array_equal(latents(adapted, NEW), latents(model, old))
 
 
+# ---------------------------------------------------------------- adapt: learned gates
+
+WEIGHTS = {"tied": 2.0, "profile": 3.0, "collapsed": 4.0}
+
+
+def gated(weight="tied", alpha=3.0, dtype=torch.float64):
+    model = make_model(dtype=dtype)
+    model.prior.gate = BetaGate(2, N_LATENT, alpha=alpha, weight=weight).to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("weight", sorted(WEIGHTS))
+@pytest.mark.parametrize("evidence", [0.0, 0.3, 1.2, 2.5, 4.5, 9.0, 60.0])
+def test_a_learned_gate_is_where_scipy_finds_the_least_loss(weight, evidence):
+    gate = BetaGate(1, 1, alpha=WEIGHTS[weight], weight=weight).double()
+
+    def loss(logit):
+        with torch.no_grad():
+            gate.logit.fill_(logit)
+            return float(gate.penalty() - evidence * gate().sum())
+
+    best = optimize.minimize_scalar(loss, bounds=(-30, 30), method="bounded")
+    found = transfer._best_gate(gate, torch.tensor([evidence], dtype=torch.float64))
+    assert float(found) == pytest.approx(1 / (1 + np.exp(-best.x)), abs=1e-4)
+
+
+def test_an_l1_gate_opens_where_the_evidence_exceeds_its_strength():
+    evidence = torch.tensor([0.0, 1.9, 2.1])
+    found = transfer._best_gate(L1Gate(1, 3, strength=2.0), evidence)
+    assert found.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_learned_gates_are_the_marginals_over_all_patterns_of_gates():
+    """Of the collapsed prior: every pattern of a target's gates, weighted by its evidence."""
+    model = gated("collapsed", alpha=4.0)
+    cells = make_cells([3, 4], n_each=5)
+    adapted = adapt(model, cells, design=LARGER, gates="learned")
+    learned = adapted.prior.probabilities()[2:].copy()
+    assert ((learned > 0.01) & (learned < 0.99)).any()
+    for target, row in ((2, 3), (3, 4)):
+        mine, weights = cells.of(torch.tensor([row])), {}
+        for pattern in itertools.product([0.0, 1.0], repeat=N_LATENT):
+            with torch.no_grad():
+                adapted.prior.gate.probability[target] = torch.tensor(pattern)
+                log_prior = -np.log(4.0) * sum(pattern)  # odds of 1 / alpha per open gate
+                weights[pattern] = np.exp(log_prior - float(kl_of(adapted, mine)))
+        total = sum(weights.values())
+        by_hand = sum(np.array(pattern) * w for pattern, w in weights.items()) / total
+        np.testing.assert_allclose(learned[target - 2], by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", ["tied", "profile", "collapsed"])
+def test_learned_gates_and_shifts_leave_the_training_objective_no_gradient(weight):
+    model = gated(weight, alpha=1.5)
+    cells = make_cells([3, 4], n_each=6)
+    adapted = adapt(model, cells, design=LARGER, gates="learned")
+    found = adapted.prior.gate.probability.clone()
+    gate = BetaGate(4, N_LATENT, alpha=1.5, weight=weight).double()
+    inside = (found > 1e-9) & (found < 1 - 1e-9)
+    inside[:2] = False
+    assert inside.any()
+    with torch.no_grad():
+        gate.logit.copy_(torch.logit(found.clamp(1e-12, 1 - 1e-12)))
+    adapted.prior.gate = gate
+    loss = kl_of(adapted, cells) + gate.penalty()
+    slab, logit = torch.autograd.grad(loss, [adapted.prior.slab.mean, gate.logit])
+    assert slab[2:][inside[2:]].abs().max() < 1e-9
+    assert logit[inside].abs().max() < 1e-9
+    shut = (found == 0) & ~inside
+    assert (logit[2:][shut[2:]] >= 0).all()  # a shut gate is pushed further shut
+
+
+def test_more_sparsity_shuts_more_gates_and_scores_at_the_modal_graph():
+    cells = make_cells([3, 4], n_each=30)
+    opened = []
+    for alpha in (1.0, 2.0, 5.0, 1e6):
+        adapted = adapt(gated(alpha=alpha), cells, design=LARGER, gates="learned")
+        opened.append(int(adapted.prior.graph()[2:].sum()))
+    assert opened[0] == 2 * N_LATENT
+    assert opened == sorted(opened, reverse=True)
+    assert opened[-1] == 0
+    assert torch.equal(adapted.prior.mode()[3:], torch.zeros(2, N_LATENT, dtype=torch.float64))
+
+
+def test_open_gates_are_what_learned_ones_become_without_sparsity():
+    cells = make_cells([3, 4])
+    for method in ("ivae", "vae"):
+        both = [
+            adapt(make_model(method), cells, design=LARGER, gates=gates)
+            for gates in ("open", "learned")
+        ]
+        assert same(*(model.state_dict() for model in both))
+
+
+def bounds_by_pattern(model, mine, design, target):
+    """Bound on the likelihood under every pattern of a target's gates, its shifts adapted anew."""
+    bounds = {}
+    for pattern in itertools.product([0.0, 1.0], repeat=model.n_latent):
+        tried = extend(model, design)
+        for _ in range(10):
+            codes = torch.from_numpy(latents(tried, mine)).mean(0)
+            with torch.no_grad():
+                tried.prior.gate.probability[target] = torch.tensor(pattern).double()
+                tried.prior.slab.mean[target] = codes
+        bounds[pattern] = float(iwelbo(tried, mine, n_draws=100).sum())
+    return bounds
+
+
+def test_with_steps_learned_gates_are_those_of_the_best_pattern(stepping):
+    """Where an open gate costs as much evidence as opens it in training, 2 (alpha - 1) nats."""
+    model, held, design = stepping
+    cost = 2 * (model.prior.gate.alpha - 1)
+    found = adapt(model, held, design=design, gates="learned").prior
+    for row in (7, 8):
+        bounds = bounds_by_pattern(model, held.of(torch.tensor([row])), design, row - 1)
+        best = max(bounds, key=lambda pattern: bounds[pattern] - cost * sum(pattern))
+        assert tuple(found.graph()[row - 1].double().tolist()) == best
+        # The evidence that decides is the difference that the bound makes.
+        mean, shut = found.slab()[row - 1].detach(), dict.fromkeys(range(len(best)), 0.0)
+        for latent in np.flatnonzero(best):
+            without = tuple(shut.get(k, 0.0) if k == latent else best[k] for k in range(len(best)))
+            gained = bounds[best] - bounds[without]
+            assert float(20 * mean[latent] ** 2) == pytest.approx(gained, rel=0.35)
+
+
+def new_target_scores(screen, n_known, model, codes=None):
+    """Edges of the targets after the first n_known ones, learned from their cells, and truth."""
+    names = screen.design.conditions[n_known + 1 :]
+    trained = simulate.restrict(screen, screen.design.conditions[1 : n_known + 1])
+    if codes is None:
+        codes = latents(model, trained.cells)
+    matching = metrics.match_latents(trained.z.numpy(), codes)
+    held = screen.cells.of(screen.design.index(names))
+    adapted = adapt(model, held, design=trained.design.extend(names), gates="learned")
+    graphs = {"known": slice(n_known), "new": slice(n_known, None)}
+    truth, found = screen.graph.numpy(), adapted.prior.probabilities()
+    scores = {k: metrics.graph_scores(truth[s], found[s], matching) for k, s in graphs.items()}
+    opened = np.ones_like(found[n_known:])
+    return scores | {"open": metrics.graph_scores(truth[n_known:], opened, matching)}
+
+
+N_KNOWN = 22
+
+
+@pytest.fixture(scope="module")
+def fitted_screen():
+    screen = simulate.sparse_shift(
+        n_cells_per_condition=100, n_targets=30, n_latent=4, n_genes=50, seed=0
+    )
+    trained = simulate.restrict(screen, screen.design.conditions[1 : N_KNOWN + 1])
+    model = SMSVAE.preset(
+        "svae+", trained.design, 50, n_latent=4, n_hidden=32, sparsity=45.0, newton=True
+    )
+    model.standardise(trained.cells)
+    config = TrainConfig(epochs=40, batch_size=100, learning_rate=1e-2, warmup_epochs=12)
+    fit(model, trained.cells, replace(config, encoder_share=0.8), progress=False)
+    return screen, model
+
+
+def test_edges_of_new_targets_are_found_as_well_as_those_of_known_ones(fitted_screen):
+    scores = new_target_scores(fitted_screen[0], N_KNOWN, fitted_screen[1])
+    assert scores["new"]["f1"] > scores["open"]["f1"] + 0.05
+    assert scores["new"]["f1"] > scores["known"]["f1"] - 0.1
+    assert scores["new"]["recall"] > 0.5
+
+
+def test_edges_of_new_targets_are_exact_where_the_latents_are(fitted_screen, monkeypatch):
+    """The true latents stand in the place of the encoder's: the gates' own error is left."""
+    screen, _ = fitted_screen
+    known = simulate.restrict(screen, screen.design.conditions[1 : N_KNOWN + 1])
+    model = SMSVAE.preset("svae+", known.design, 50, n_latent=4, n_hidden=4, sparsity=45.0)
+    held = screen.cells.condition > N_KNOWN
+    monkeypatch.setattr(transfer, "latents", lambda *_: screen.z[held].numpy())
+    scores = new_target_scores(screen, N_KNOWN, model, codes=known.z.numpy())
+    assert scores["new"]["f1"] == 1.0
+    assert scores["open"]["precision"] < 0.7
+
+
 # ---------------------------------------------------------------- adapt: drift
 
 
@@ -325,6 +506,21 @@ def test_drift_of_the_closed_form_is_refused(call, monkeypatch):
         refused(call, monkeypatch, drift=True)
 
 
+def test_unknown_gates_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="gates is 'shut'; expected 'open' or 'learned'"):
+        refused(adapt, monkeypatch, gates="shut")
+
+
+def test_gates_are_not_learned_by_gradients():
+    with pytest.raises(ValueError, match="gates='learned' with how='gradient'.*how='closed-form'"):
+        adapt(make_model(), NEW, design=LARGER, how="gradient", gates="learned")
+
+
+def test_gates_are_not_learned_from_a_binarised_model():
+    with pytest.raises(ValueError, match=r"fixed \(FixedGate\).*before binarise or refit"):
+        adapt(binarise(make_model()), NEW, design=LARGER, gates="learned")
+
+
 def test_a_new_condition_without_cells_is_named():
     with pytest.raises(ValueError, match="'d' has no cells to learn its shift from"):
         adapt(make_model(), NEW.of(torch.tensor([3])), design=LARGER)
@@ -393,6 +589,16 @@ def test_adapting_helps_cells_it_has_not_seen(stages):
     _, _, table, _ = stages
     score = table.pivot_table(index="condition", columns="stage", values="iwelbo", observed=True)
     assert (score["adapted"] > score["refitted"]).all()
+
+
+def test_a_refit_is_the_protocols(stages):
+    """The stage table of the protocol is that of `refit` on the same cells."""
+    model, adapted, _, scoring = stages
+    screen, _, design = split_screen(3)
+    again = transfer.refit(model, screen.cells.of(torch.arange(7)), TrainConfig(epochs=2))
+    assert torch.equal(again.prior.gate(), binarise(model).prior.gate())
+    assert not again.training
+    assert not same(networks(model), networks(again))
 
 
 def test_refitting_moves_the_networks_but_not_the_graph(stages):
