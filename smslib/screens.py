@@ -61,7 +61,7 @@ _EPOCHS = 24
 # Of fits with far fewer steps than the recipe's. Muon doubles what a step costs, Gauss-Newton from
 # the middle on adds a third, and neither has a better validation ELBO to show for it here; the
 # weighted bound doubles the cost of a fit for .1 nats of IWELBO.
-_SHORT_TRAINING = {"optimizer": "adam", "encoder_share": 0.8, "n_draws": 1}
+_SHORT_TRAINING = {"batch_size": 128, "optimizer": "adam", "encoder_share": 0.8, "n_draws": 1}
 
 
 def prepare(
@@ -94,7 +94,7 @@ def fit_screen(
     epochs: int,
     seed: int = 0,
     method: str = "svae+",
-    max_grad_norm: float | None = None,
+    training: Mapping[str, object] | None = None,
 ) -> tuple[SMSVAE, History]:
     """Fit a method to a real screen by our recipe, with the paper's advice for the sparsity.
 
@@ -108,7 +108,7 @@ def fit_screen(
         Of the split, the initial weights, the batches and the draws.
     method : str
         As in `smslib.recipes.build`.
-    max_grad_norm : float, optional
+    training : dict, optional
         As in `build`.
 
     Returns
@@ -117,7 +117,7 @@ def fit_screen(
     history : History
     """
     train, validation = split_cells(cells, (0.9, 0.1), seed=seed)
-    options = {"epochs": epochs, "method": method, "max_grad_norm": max_grad_norm}
+    options = {"epochs": epochs, "method": method, "training": training}
     model, config = build(train, design, seed=seed, **options)
     return model, fit(model, train, config, validation=validation, progress=False)
 
@@ -130,9 +130,8 @@ def build(
     seed: int = 0,
     method: str = "svae+",
     n_latent: int = _N_LATENT,
-    batch_size: int = 128,
     sparsity: float | None = None,
-    max_grad_norm: float | None = None,
+    training: Mapping[str, object] | None = None,
 ) -> tuple[SMSVAE, TrainConfig]:
     """Return an untrained model for a real screen, and how to train it.
 
@@ -147,12 +146,10 @@ def build(
     method : str
         As in `smslib.recipes.build`.
     n_latent : int
-    batch_size : int
     sparsity : float, optional
         alpha; the number of targets by default, as the paper advises.
-    max_grad_norm : float, optional
-        Largest gradient of a loss per cell. Where some genes have hundreds of UMIs per cell
-        (``norman2019-mini``) the learning rate is too large without it.
+    training : dict, optional
+        Other fields of `smslib.train.TrainConfig` than those of the small screens.
 
     Returns
     -------
@@ -173,10 +170,7 @@ def build(
     strength = {"svae+": alpha, "svae": 2.0 * (alpha - 1.0)}.get(method)
     options = {"n_latent": n_latent, "sparsity": strength, "seed": seed, "epochs": epochs}
     model, config = recipes.build(cells, design, method=method, **options)
-    config = replace(config, **_SHORT_TRAINING, batch_size=batch_size)
-    if max_grad_norm is not None:
-        config = replace(config, max_grad_norm=max_grad_norm, loss_scale="cell")
-    return model, config
+    return model, replace(config, **{**_SHORT_TRAINING, **(training or {})})
 
 
 def nulls() -> tuple[str, ...]:

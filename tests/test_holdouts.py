@@ -16,7 +16,7 @@ from smslib.priors import METHODS
 READERS = dict(holdouts.DATASETS)
 N_EACH, N_GENES = 24, 8
 TARGETS = ("a", "b", "c", "d", "e", "f")
-FIT = {"epochs": 2, "n_latent": 3, "batch_size": 32}
+FIT = {"epochs": 2, "n_latent": 3, "training": {"batch_size": 32}}
 CONFIG = {"dataset": "toy", "group": "pair", "arm": "corrected", "method": "svae+", "seed": 0}
 CONFIG |= {"fit": FIT}
 
@@ -421,6 +421,7 @@ def test_every_configuration_is_one_that_a_run_understands(name):
         ("papalexi", "published", 1, 5),
         ("norman-mini", "corrected", 3, 5),
         ("look-alike", "corrected", 8, 5),
+        ("look-alike-small", "corrected", 8, 5),
         ("replogle", "corrected", 8, 5),
         ("replogle", "published", 8, 5),
         ("norman", "corrected", 1, 5),

@@ -1,5 +1,7 @@
 """The case study on a real screen, on a small stand-in with the real names."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -159,13 +161,13 @@ def test_both_sparsities_keep_the_same_edges(method, strength):
     assert model.prior.gate.options().items() >= strength.items()
 
 
-def test_a_clipped_fit_has_a_loss_per_cell():
+def test_the_training_of_a_short_fit_can_be_changed_field_by_field():
     cells, design = Cells(torch.ones(20, 3), torch.arange(20) % 2), Design.single_target(["a"])
-    options = {"epochs": 2, "n_latent": 3, "batch_size": 16}
-    model, config = screens.build(cells, design, max_grad_norm=5.0, **options)
-    assert (config.max_grad_norm, config.loss_scale, config.batch_size) == (5.0, "cell", 16)
-    assert model.n_latent == 3
-    assert screens.build(cells, design, **options)[1].loss_scale == "screen"
+    changed = {"max_grad_norm": 5.0, "batch_size": 16}
+    model, config = screens.build(cells, design, epochs=2, n_latent=3, training=changed)
+    assert (config.max_grad_norm, config.batch_size, model.n_latent) == (5.0, 16, 3)
+    plain = screens.build(cells, design, epochs=2)[1]
+    assert config == replace(plain, **changed)
 
 
 # ---------------------------------------------------------------- the study
