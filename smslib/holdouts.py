@@ -71,7 +71,7 @@ _ORDER = ("svae+", "ivae", "vae", "svae", "beta-vae")
 _N_DRAWS = 200  # of the IWELBO: 1,000 add .01 nats on papalexi2021
 _WHOLE = "\n"  # in no label: every label is a target of its own
 _SMALL = {"epochs": 24, "n_latent": 10}
-# Genes of hundreds of UMIs per cell make the learning rate too large where the gradient is not cut;
+# Genes of hundreds of UMIs per cell make the learning rate too large unless the gradient is cut;
 # what it is cut at is meant for a loss per cell.
 _CUT = {"max_grad_norm": 10.0, "loss_scale": "cell"}
 # A third as many cells want more epochs.

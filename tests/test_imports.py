@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "controls": {"metrics"},
     "screens": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq"},
     "programs": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq", "screens"},
-    "holdouts": set(CHAIN) | ALONE | {"lookalike", "perturbseq", "screens"},
+    "holdouts": set(CHAIN) | ALONE | {"holdouts", "lookalike", "perturbseq", "screens"},
     "prediction": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq", "prediction", "screens"},
 }
 CHATTY = {"print", "breakpoint", "input", "exec", "eval"}
