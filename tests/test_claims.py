@@ -90,6 +90,17 @@ def evaluate(text, store, arm="smslib"):
     return ledger.evaluate(text, store, arm)
 
 
+def test_a_score_that_some_runs_lack_is_paired_by_its_own_seeds(tmp_path):
+    runs = {"smslib.svae+.i_nll": [9.0, 8.0], "smslib.ivae.i_nll": [5.0, 6.0, 7.0]}
+    put(tmp_path, "table1", runs, seeds=(0, 1, 2))
+    path = tmp_path / "table1.json"
+    stored = json.loads(path.read_text())
+    stored["values"] |= {"smslib.svae+.seeds": [0, 1, 2], "smslib.svae+.i_nll.seeds": [1, 2]}
+    path.write_text(json.dumps(stored))
+    found = ledger.Store(tmp_path).gain("table1", "smslib", "i_nll", "svae+", "ivae")
+    assert found == ((6 - 9) + (7 - 8)) / 2
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -496,10 +507,19 @@ class Second:
     def stored(self, experiment):
         return json.loads((self.folder / f"{experiment}.json").read_text())["values"]
 
+    def seeds(self, values, prefix, method, score):
+        return values.get(f"{prefix}.{method}.{score}.seeds", values[f"{prefix}.{method}.seeds"])
+
     def pairs(self, experiment, prefix, score, better, *rivals):
         values = self.stored(experiment)
         frames = [
-            dict(zip(values[f"{prefix}.{m}.seeds"], values[f"{prefix}.{m}.{score}"], strict=True))
+            dict(
+                zip(
+                    self.seeds(values, prefix, m, score),
+                    values[f"{prefix}.{m}.{score}"],
+                    strict=True,
+                )
+            )
             for m in (better, *rivals)
         ]
         for other in frames[1:]:

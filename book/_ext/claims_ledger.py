@@ -183,7 +183,9 @@ class Store:
     def _runs(self, experiment: str, prefix: str, score: str, method: str) -> dict[Any, float]:
         key = f"{prefix}.{method}.{score}"
         values = self._stored(experiment, key)
-        seeds = self._stored(experiment, f"{prefix}.{method}.seeds")
+        some = f"{key}.seeds"  # there if some of the method's runs lack the score
+        partial = some in self._experiments[experiment]
+        seeds = self._stored(experiment, some if partial else f"{prefix}.{method}.seeds")
         if not isinstance(values, list) or len(values) != len(seeds):
             message = f"{experiment}.{key} is {values!r} for the seeds {seeds}; one value a seed"
             raise LedgerError(message)
