@@ -524,6 +524,7 @@ def _scores(stages: Mapping[str, _Stage], scoring: Cells, parts: Split) -> dict[
             gain = bounds[name].astype(float) - bounds["before"]
             scores |= _by_perturbation(f"gain_{name}", gain, parts, stage.applies)
             scores[f"mean_gain_{name}"] = _mean(scores[f"gain_{name}"], chosen)
+        if name not in ("before", "after"):
             own = _mean(scores["gain_after"], chosen)
             scores[f"mean_short_{name}"] = own - scores[f"mean_gain_{name}"]
     for name in ("before", "after"):
