@@ -57,6 +57,7 @@ __all__ = [
     "recurrence",
     "study",
     "summarise",
+    "unpack",
 ]
 
 Matrix = Real[np.ndarray, "_ _"]
@@ -1105,6 +1106,28 @@ def _replicate_r(
 ) -> Float[np.ndarray, " latent"]:
     control = cells.condition.numpy() == 0
     return screens.replicate_correlation(latents(model, cells)[control], replicate[control])
+
+
+def unpack(
+    run: Mapping[str, Any],
+) -> tuple[Programs, Float[np.ndarray, "target latent"], Float[np.ndarray, "target latent"]]:
+    """Return programs, gates and shifts of a run of `read`.
+
+    Parameters
+    ----------
+    run : dict
+        A row of `smslib.sweep.collect`, say.
+
+    Returns
+    -------
+    programs : Programs
+        As from `Programs.scaled`; their spread is not stored, and zero.
+    probability : array, (n_targets, n_latent)
+        Of open gates.
+    shift : array, (n_targets, n_latent)
+        Through them, prior standard deviations.
+    """
+    return _programs(run), _gates(run), _gates(run, "shift")
 
 
 def study(

@@ -771,6 +771,17 @@ def test_a_run_packs_programs_and_gates():
     assert set(result) & set(CONFIG) == set()
 
 
+def test_a_run_is_unpacked_as_it_was_packed():
+    weights = np.arange(32.0).reshape(2, 16)
+    gates = np.zeros((len(TARGETS), 2))
+    gates[3, 1] = 0.75
+    found, probability, shift = programs.unpack(make_run("true", 0, weights, gates))
+    assert found.genes == tuple(MEASURED_RESPONSE)
+    np.testing.assert_array_equal(found.weights, 2 * weights)  # mean counts of 4
+    np.testing.assert_array_equal(probability, gates)
+    np.testing.assert_array_equal(shift, np.where(gates > 0.5, 2.0, 0.0))
+
+
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=2))
 def test_packing_keeps_three_digits(values):
     unpacked = programs._unpacked(programs._packed(values), (1, 2))
