@@ -7,20 +7,18 @@ file of its own, so an interrupted study resumes. The studies themselves are in 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from smslib import ceilings, controls, metrics, recipes, simulate, store, sweep, transfer
+from smslib import ceilings, controls, metrics, recipes, simulate, sweep, transfer
 from smslib.data import Cells, Design, split_cells
 from smslib.distributions import kl_to_shifted_normal
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
@@ -507,40 +505,24 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what is missing of an experiment, one single-threaded process per worker."""
     parser = argparse.ArgumentParser(prog="python -m smslib.benchmark", description=__doc__)
     parser.add_argument("experiment", choices=sorted(STUDIES))
-    parser.add_argument("--results", type=Path, default=Path("book/results"))
-    parser.add_argument("--workers", type=int, default=2, help="0 only summarises what there is")
     parser.add_argument("--arm", choices=sorted(ARMS), help="run this arm alone")
-    parser.add_argument("--index", type=int, help="run this one of the study alone")
-    parser.add_argument("--retry", action="store_true", help="run crashed ones again")
+    sweep.add_arguments(parser)
     given = parser.parse_args(arguments)
     study, root = STUDIES[given.experiment](), given.results / "runs" / "simulation"
     # Seed by seed, so that an interrupted study knows something of every setting.
-    wanted = sorted(sweep.chain(*study.values()), key=lambda config: config["seed"])
-    if given.arm:
-        wanted = [config for config in wanted if config["arm"] == given.arm]
-    if given.workers:
-        with ProcessPoolExecutor(
-            given.workers,
-            get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-        ) as executor:
-            options = {"executor": executor, "index": given.index, "retry": given.retry}
-            task = agree if given.experiment in AGREEMENT else recover
-            sweep.run(task, wanted, root, **options)
-    _store(given.experiment, study, given.results, root)
+    every = sorted(sweep.chain(*study.values()), key=lambda config: config["seed"])
+    wanted = [config for config in every if given.arm in (None, config["arm"])]
+    task = agree if given.experiment in AGREEMENT else recover
+    sweep.run_in_processes(task, wanted, root, given)
+    sweep.conclude(
+        given.experiment,
+        every,
+        functools.partial(summarise, study=study),
+        root=root,
+        results=given.results,
+        command=f"make bench EXPERIMENT={given.experiment}",
+    )
     return 0
-
-
-def _store(
-    experiment: str, study: Mapping[str, Sequence[Config]], results: Path, root: Path
-) -> None:
-    """Summarise what there is of a study."""
-    runs, names = sweep.collect(root), {sweep.run_id(c) for c in sweep.chain(*study.values())}
-    runs = runs[runs["run_id"].isin(names)]
-    command = f"make bench EXPERIMENT={experiment}"
-    provenance = sweep.cost(runs, command) | {"n_missing": len(names) - len(runs)}
-    store.put(experiment, summarise(runs, study), root=results, provenance=provenance)
 
 
 if __name__ == "__main__":

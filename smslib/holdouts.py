@@ -13,9 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from smslib import benchmark, lookalike, metrics, perturbseq, screens, store, sweep
+from smslib import benchmark, lookalike, metrics, perturbseq, screens, sweep
 from smslib.data import Cells, Design, from_anndata, split_cells
 from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
@@ -881,11 +879,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing of a study, one single-threaded process per worker."""
     parser = argparse.ArgumentParser(prog="python -m smslib.holdouts", description=__doc__)
     parser.add_argument("study", choices=list(STUDIES))
-    parser.add_argument("--results", type=Path, default=Path("book/results"))
-    parser.add_argument("--workers", type=int, default=2, help="0 only summarises what there is")
     parser.add_argument("--group", help="run this group alone")
-    parser.add_argument("--index", type=int, help="run this one of the study alone")
-    parser.add_argument("--retry", action="store_true", help="run crashed ones again")
+    sweep.add_arguments(parser)
     given = parser.parse_args(arguments)
     study = STUDIES[given.study]()
     root = given.results / "runs" / f"holdouts-{given.study}"
@@ -893,28 +888,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not wanted:
         groups = list(dict.fromkeys(config["group"] for config in study))
         parser.error(f"no group {given.group!r} in this study; expected one of {groups}")
-    if given.workers:
-        with ProcessPoolExecutor(
-            given.workers,
-            get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-        ) as executor:
-            options = {"executor": executor, "index": given.index, "retry": given.retry}
-            sweep.run(run, wanted, root, **options)
-    _store(given.study, study, given.results, root)
+    sweep.run_in_processes(run, wanted, root, given)
+    sweep.conclude(
+        f"holdouts-{given.study}",
+        study,
+        functools.partial(summarise, study=study),
+        root=root,
+        results=given.results,
+        command=f"python -m smslib.holdouts {given.study}",
+    )
     return 0
-
-
-def _store(name: str, study: Sequence[Config], results: Path, root: Path) -> None:
-    """Summarise what there is of a study."""
-    runs, ids = sweep.collect(root), {sweep.run_id(config) for config in study}
-    if runs.empty:
-        raise ValueError(f"no finished run in {root}; run the study with --workers 1 or more")
-    runs = runs[runs["run_id"].isin(ids)]
-    provenance = sweep.cost(runs, f"python -m smslib.holdouts {name}")
-    provenance |= {"n_missing": len(ids) - len(runs)}
-    store.put(f"holdouts-{name}", summarise(runs, study), root=results, provenance=provenance)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,6 @@ import copy
 import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smslib import metrics, perturbseq, screens, store, sweep
+from smslib import metrics, perturbseq, screens, sweep
 from smslib.data import Cells, Design, from_anndata, split_cells
 from smslib.model import SMSVAE
 from smslib.priors import METHODS
@@ -902,31 +899,13 @@ def _differences(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing of the study, one single-threaded process per worker."""
     parser = argparse.ArgumentParser(prog="python -m smslib.prediction", description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("book/results"))
-    parser.add_argument("--workers", type=int, default=2, help="0 only summarises what there is")
-    parser.add_argument("--index", type=int, help="run this one of the study alone")
-    parser.add_argument("--retry", action="store_true", help="run crashed ones again")
+    sweep.add_arguments(parser)
     given = parser.parse_args(arguments)
     root = given.results / "runs" / "prediction"
-    if given.workers:
-        one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
-        with ProcessPoolExecutor(given.workers, get_context("spawn"), **one_thread) as executor:
-            options = {"executor": executor, "index": given.index, "retry": given.retry}
-            sweep.run(evaluate, STUDY, root, **options)
-    _store(given.results, root)
+    sweep.run_in_processes(evaluate, STUDY, root, given)
+    options = {"results": given.results, "command": "python -m smslib.prediction"}
+    sweep.conclude("prediction", STUDY, summarise, root=root, **options)
     return 0
-
-
-def _store(results: Path, root: Path) -> Path:
-    """Summarise what there is of the study."""
-    runs, names = sweep.collect(root), {sweep.run_id(config) for config in STUDY}
-    if not runs.empty:
-        runs = runs[runs["run_id"].isin(names)]
-    if runs.empty:
-        raise FileNotFoundError(f"no finished run of this study in {root}; run it with --workers")
-    provenance = sweep.cost(runs, "python -m smslib.prediction")
-    provenance |= {"n_missing": len(names) - len(runs)}
-    return store.put("prediction", summarise(runs), root=results, provenance=provenance)
 
 
 if __name__ == "__main__":

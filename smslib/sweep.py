@@ -6,6 +6,7 @@ surviving a kill are the same operation (look which files exist) on a laptop and
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import hashlib
@@ -15,7 +16,8 @@ import operator
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Future, as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -27,15 +29,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "add_arguments",
     "axis",
     "chain",
     "collect",
+    "conclude",
     "cost",
     "gather",
     "product",
     "read",
     "run",
     "run_id",
+    "run_in_processes",
     "zip_",
 ]
 
@@ -320,6 +325,78 @@ def cost(runs: pd.DataFrame, command: str) -> dict[str, object]:
         "peak_memory_mb": float(part["peak_memory_mb"].max()),
         "seeds": sorted(set(runs["seed"].tolist())),
     }
+
+
+def conclude(
+    name: str,
+    study: Sequence[Config],
+    summarise: Callable[[pd.DataFrame], Mapping[str, Any]],
+    *,
+    root: str | Path,
+    results: str | Path,
+    command: str,
+) -> Path:
+    """Summarise what there is of a study, and store it with what it cost and what is missing.
+
+    Parameters
+    ----------
+    name : str
+        Of the summary, as in `smslib.store.put`.
+    study : sequence of dict
+    summarise : callable
+        From the study's finished runs, as `collect` returns them, to flat keys.
+    root : path
+        Of the runs; those of other studies are left out.
+    results : path
+        Of the summaries.
+    command : str
+        How to repeat the study.
+
+    Returns
+    -------
+    Path
+        The summary's file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If no run of the study has finished.
+    """
+    names, runs = {run_id(config) for config in study}, collect(root)
+    runs = runs if runs.empty else runs[runs["run_id"].isin(names)]
+    if runs.empty:
+        raise FileNotFoundError(f"no finished run of {name} in {root}; run it with --workers 1")
+    provenance = cost(runs, command) | {"n_missing": len(names) - len(runs)}
+    return store.put(name, summarise(runs), root=results, provenance=provenance)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give the command of a study the options that all of them have."""
+    parser.add_argument("--results", type=Path, default=Path("book/results"), help="folder")
+    parser.add_argument("--workers", type=int, default=2, help="0 only summarises what there is")
+    parser.add_argument("--index", type=int, help="run this one of the study alone")
+    parser.add_argument("--retry", action="store_true", help="run crashed ones again")
+
+
+def run_in_processes(
+    task: Task, study: Sequence[Config], root: str | Path, given: argparse.Namespace
+) -> None:
+    """Run what is missing of a study in single-threaded processes.
+
+    Parameters
+    ----------
+    task, study, root
+        As of `run`.
+    given : Namespace
+        What the options of `add_arguments` were set to.
+    """
+    if not given.workers:
+        return
+    import torch
+
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(given.workers, get_context("spawn"), **one_thread) as executor:
+        run(task, study, root, executor=executor, index=given.index, retry=given.retry)
 
 
 def _merge(parts: Sequence[Config]) -> dict[str, Any]:

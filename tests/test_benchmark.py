@@ -311,9 +311,7 @@ def instant(config):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(benchmark, "recover", instant)
-    monkeypatch.setattr(
-        benchmark, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n)
-    )
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
 
 
 @pytest.mark.usefixtures("quick")

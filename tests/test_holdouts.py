@@ -513,7 +513,7 @@ def test_the_command_line_runs_what_is_asked_for(monkeypatch, tmp_path):
         asked.update(task=task, groups={c["group"] for c in wanted}, root=root, **options)
 
     monkeypatch.setattr(sweep, "run", spy)
-    monkeypatch.setattr(holdouts, "_store", lambda *_: None)
+    monkeypatch.setattr(sweep, "conclude", lambda *_, **__: None)
     options = ["--results", str(tmp_path), "--workers", "1", "--index", "3", "--retry"]
     assert holdouts.main(["norman-mini", "--group", "doubles", *options]) == 0
     assert asked["groups"] == {"doubles"}
@@ -529,5 +529,5 @@ def test_an_unknown_group_is_refused_before_anything_runs(capsys, tmp_path):
 
 
 def test_nothing_to_summarise_is_said(tmp_path):
-    with pytest.raises(ValueError, match="no finished run in .*holdouts-norman; run the study"):
+    with pytest.raises(FileNotFoundError, match="no finished run of holdouts-norman in"):
         holdouts.main(["norman", "--results", str(tmp_path), "--workers", "0"])

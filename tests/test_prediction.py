@@ -629,11 +629,9 @@ def test_the_command_runs_what_is_missing_and_stores_a_summary(monkeypatch, tmp_
     base = {"dataset": "toy", "task": "cells"}
     study = sweep.product([base], sweep.axis("seed", range(2)), methods)
     monkeypatch.setattr(prediction, "STUDY", tuple(study))
-    with pytest.raises(FileNotFoundError, match="no finished run of this study"):
+    with pytest.raises(FileNotFoundError, match="no finished run of prediction"):
         prediction.main(["--results", str(tmp_path), "--workers", "0"])
-    monkeypatch.setattr(
-        prediction, "ProcessPoolExecutor", lambda n, context, **_: ThreadPoolExecutor(n)
-    )
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda n, *_, **__: ThreadPoolExecutor(n))
     sweep.run(prediction.evaluate, [CONFIG], tmp_path / "runs" / "prediction")  # of no study
     prediction.main(["--results", str(tmp_path), "--workers", "1", "--index", "5"])
     assert store.get("prediction", root=tmp_path).provenance["n_missing"] == 5

@@ -1,5 +1,6 @@
 """Sweeps: counting, naming, resuming, surviving crashes, on any executor."""
 
+import argparse
 import hashlib
 import io
 import itertools
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing.tasks import double, fragile, lightly, suicide
@@ -654,3 +656,50 @@ def test_cost_adds_time_and_keeps_the_worst(tmp_path):
     assert (total["peak_memory_mb"], total["date"]) == (3000.0, "2026-01-03")
     assert (total["dirty"], total["commit"], total["seeds"]) == (True, "abc, def", [0, 1])
     assert (total["device"], total["n_cpu"], total["command"]) == ("a", "2", "make bench")
+
+
+# ------------------------------------------------------------------------------- command lines
+
+
+def options_of(*options):
+    parser = argparse.ArgumentParser()
+    sweep.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+def threads_used(config):
+    return {"threads": torch.get_num_threads()}
+
+
+def test_the_options_of_a_command():
+    assert vars(options_of()) == {
+        **{"results": Path("book/results"), "workers": 2, "index": None, "retry": False}
+    }
+    assert options_of("--index", "3", "--retry").index == 3
+
+
+def test_workers_are_single_threaded_processes(tmp_path):
+    sweep.run_in_processes(threads_used, STUDY[:2], tmp_path, options_of("--workers", "1"))
+    assert sweep.collect(tmp_path)["threads"].tolist() == [1, 1]
+
+
+def test_without_workers_nothing_runs(tmp_path):
+    sweep.run_in_processes(threads_used, STUDY, tmp_path, options_of("--workers", "0"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_is_concluded_from_its_own_runs(tmp_path):
+    study = [{"seed": 0, "x": x} for x in range(3)]
+    sweep.run(double, [*study[:2], {"seed": 0, "x": 99}], tmp_path / "runs")
+    options = {"root": tmp_path / "runs", "results": tmp_path, "command": "make it"}
+    sweep.conclude("doubles", study, lambda runs: {"sum": int(runs["double"].sum())}, **options)
+    stored = store.get("doubles", root=tmp_path)
+    assert stored["sum"] == 2
+    assert (stored.provenance["n_runs"], stored.provenance["n_missing"]) == (2, 1)
+    assert stored.provenance["command"] == "make it"
+
+
+def test_a_study_without_runs_has_no_conclusion(tmp_path):
+    options = {"root": tmp_path, "results": tmp_path, "command": "make it"}
+    with pytest.raises(FileNotFoundError, match="no finished run of doubles in .*--workers 1"):
+        sweep.conclude("doubles", [{"seed": 0}], dict, **options)
