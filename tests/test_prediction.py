@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -536,21 +537,17 @@ def test_sums_of_effects_predict_a_double_and_means_do_not():
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_model_of_singles_predicts_the_double_by_a_sum(monkeypatch):
-    def fitted(cells, design, *, epochs, seed, method):
-        assert (design.conditions, epochs, seed, method) == (
-            ("control", "a", "b", "c"),
-            7,
-            0,
-            "ivae",
-        )
+    def fitted(cells, design, *, epochs, seed, method, training):
+        assert design.conditions == ("control", "a", "b", "c")
+        assert (epochs, seed, method, training) == (7, 0, "ivae", {"batch_size": 9})
         assert len(cells) == 3 * N_EACH + N_EACH // 2
         model = make_model(design, n_genes=25)
         set_shift(model, [[1.0, 0.0], [-1.0, 0.0], [5.0, 5.0]])  # a and b cancel
         return model, None
 
     monkeypatch.setattr(screens, "fit_screen", fitted)
-    found = prediction.evaluate(CONFIG | {"method": "ivae", "epochs": 7})
-    assert found["rmse_ratio"] == [1.0]
+    options = {"method": "ivae", "epochs": 7, "training": {"batch_size": 9}}
+    assert prediction.evaluate(CONFIG | options)["rmse_ratio"] == [1.0]
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -656,6 +653,32 @@ def test_the_command_runs_what_is_missing_and_stores_a_summary(monkeypatch, tmp_
     agreement = stored["toy.cells.other-half.pearson.mean"]
     assert stored["toy.cells.attainable.pearson"] == pytest.approx(agreement**0.5, rel=1e-5)
     assert "toy.cells.attainable.r2" not in stored
+
+
+def rows_of(method, by_seed):
+    """Runs of one method whose scores are all the same two numbers."""
+    common = {"dataset": "toy", "task": "cells", "conditions": ["a", "b"], "n_scored": [5, 6]}
+    return [
+        common | {"method": method, "seed": seed} | dict.fromkeys(prediction._SCORES, values)
+        for seed, values in by_seed.items()
+    ]
+
+
+def test_methods_are_compared_over_the_seeds_that_both_have():
+    runs = [
+        *rows_of("additive", {2: [0.5, 0.9], 0: [0.1, 0.2], 1: [0.3, 0.7]}),
+        *rows_of("svae", {1: [0.4, 0.6], 3: [9.0, -9.0], 2: [0.6, 1.4]}),
+        *rows_of("training-mean", {7: [0.0, 0.0]}),
+    ]
+    found = prediction.summarise(pd.DataFrame(runs))
+    key = "toy.cells.svae.r2"
+    assert found["toy.cells.svae.seeds"] == [1, 2, 3]
+    assert found[f"{key}.minus_additive"] == pytest.approx(np.mean([0.1, 0.1, -0.1, 0.5]))
+    by_condition = stats.ttest_rel([0.5, 1.0], [0.4, 0.8])  # means over seeds 1 and 2
+    assert found[f"{key}.minus_additive.p_value"] == pytest.approx(by_condition.pvalue)
+    assert found[f"{key}.minus_additive.n_seeds"] == 2
+    assert f"{key}.minus_training-mean" not in found
+    assert found[f"{key}.by_condition"] == pytest.approx([10.0 / 3, -7.0 / 3])
 
 
 def test_the_command_explains_itself(capsys):
