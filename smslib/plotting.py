@@ -68,6 +68,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "ivae": Look("iVAE", "#E69F00", "s"),
         "svae": Look("sVAE", "#56B4E9", "^"),
         "svae+": Look("sVAE+", "#0072B2", "P"),
+        "lda": Look("LDA", "#CC79A7", "D"),
         "oracle": Look("oracle", "#000000", "*"),
         "shuffled": Look("shuffled", "#D55E00", "X"),
         "control": Look("control", "#D55E00", "X"),
