@@ -6,7 +6,6 @@ Everything downstream of this module trusts its input; `from_anndata` is the onl
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from smslib.names import nearest_known, unknown_names
 
 if TYPE_CHECKING:
     import anndata
@@ -27,7 +28,6 @@ __all__ = [
     "minibatches",
     "seeded",
     "split_cells",
-    "unknown_names",
     "why_not_counts",
 ]
 
@@ -286,26 +286,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def unknown_names(what: str, names: Iterable[str], known: Iterable[str]) -> str:
-    """Say which names are not known, all of them, each with the nearest that are.
-
-    Parameters
-    ----------
-    what : str
-        What is named, in the singular: ``"condition"``.
-    names, known : iterable of str
-
-    Returns
-    -------
-    str
-        ``"unknown gene 'STAT'; nearest known: ['STAT1'], unknown gene ..."``; empty if all are
-        known.
-    """
-    known = dict.fromkeys(known)
-    missing = [name for name in dict.fromkeys(names) if name not in known]
-    return ", ".join(f"unknown {what} {name!r}{_nearest(name, known)}" for name in missing)
-
-
 def why_not_counts(counts: np.ndarray | scipy.sparse.csr_matrix) -> str:
     """Say by what a matrix that is not raw counts was noticed, and what it may be instead.
 
@@ -338,12 +318,6 @@ def _no_count(values: np.ndarray) -> np.ndarray:
     return ~np.isfinite(values) | (values < 0) | (values != np.floor(values))
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    names = [str(k) for k in known]
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
-    return f"; nearest known: {near}" if near else f"; known: {names[:10]}"
-
-
 def _refuse_repeats(what: str, names: Iterable[str]) -> None:
     unique, times = np.unique(np.array(list(names), dtype=str), return_counts=True)
     if (times > 1).any():
@@ -356,7 +330,9 @@ def _refuse_repeats(what: str, names: Iterable[str]) -> None:
 def _labels(adata: anndata.AnnData, key: str, control: str) -> np.ndarray:
     """Return each cell's condition name, checked."""
     if key not in adata.obs:
-        raise KeyError(f"perturbation_key {key!r} is not in adata.obs{_nearest(key, adata.obs)}")
+        raise KeyError(
+            f"perturbation_key {key!r} is not in adata.obs{nearest_known(key, adata.obs)}"
+        )
     column = adata.obs[key]
     if column.isna().any():
         first = adata.obs_names[int(np.argmax(column.isna()))]
@@ -375,7 +351,7 @@ def _labels(adata: anndata.AnnData, key: str, control: str) -> np.ndarray:
     if control not in labels:
         raise ValueError(
             f"control {control!r} is not among the conditions of adata.obs[{key!r}]"
-            f"{_nearest(control, np.unique(labels))}"
+            f"{nearest_known(control, np.unique(labels))}"
         )
     return labels
 
@@ -385,7 +361,9 @@ def _counts(adata: anndata.AnnData, layer: str | None) -> np.ndarray | scipy.spa
     from scipy import sparse
 
     if layer is not None and layer not in adata.layers:
-        raise KeyError(f"layer {layer!r} is not in adata.layers{_nearest(layer, adata.layers)}")
+        raise KeyError(
+            f"layer {layer!r} is not in adata.layers{nearest_known(layer, adata.layers)}"
+        )
     if adata.isbacked:
         adata = adata.to_memory()
     counts = adata.X if layer is None else adata.layers[layer]

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smslib import files
 from smslib.data import Cells, Design, seeded
 from smslib.distributions import Moments, NegativeBinomial, kl_to_shifted_normal
 from smslib.newton import log_rate_and_jacobian, newton_step
@@ -317,13 +318,14 @@ class SMSVAE(nn.Module):
     def save(self, path: str | os.PathLike) -> None:
         """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
 
-        Each file is written under a temporary name and moved into place.
+        Each file is written under a name of its own and moved into place.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        _move_in(folder / "weights.pt", lambda file: torch.save(self._state(), file))
-        config = json.dumps(self._config(), indent=1)
-        _move_in(folder / "config.json", lambda file: file.write_text(config))
+        with files.whole(folder / "weights.pt") as draft:
+            torch.save(self._state(), draft)
+        with files.whole(folder / "config.json") as draft:
+            draft.write_text(json.dumps(self._config(), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> SMSVAE:
@@ -406,9 +408,3 @@ def _log_binomial(
     wide = x.double(), theta.double()
     terms = torch.lgamma(sum(wide)) - torch.lgamma(wide[1]) - torch.lgamma(wide[0] + 1)
     return terms.sum(-1).to(x)
-
-
-def _move_in(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)

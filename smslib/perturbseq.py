@@ -27,7 +27,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smslib import sources
-from smslib.data import Design, unknown_names, why_not_counts
+from smslib.data import Design, why_not_counts
+from smslib.names import unknown_names
 from smslib.sources import SOURCES, GeneLists, Source, available, data_dir, fetch, gene_lists
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -26,6 +25,7 @@ from torch import Tensor
 from smslib import metrics, perturbseq, screens, sweep
 from smslib.data import Cells, Design, from_anndata, split_cells
 from smslib.model import SMSVAE
+from smslib.names import nearest_known
 from smslib.priors import METHODS
 from smslib.sweep import Config
 
@@ -222,10 +222,9 @@ def _place(target: str, condition: str, known: Design) -> int:
     if target in known.targets:
         return known.targets.index(target)
     names = sorted({*known.targets, *known.conditions})
-    near = difflib.get_close_matches(target, names, n=3, cutoff=0.4)
     raise KeyError(
-        f"condition {condition!r} perturbs {target!r}, of which the model knows no shift; "
-        + (f"nearest known: {near}" if near else f"known: {names[:10]}")
+        f"condition {condition!r} perturbs {target!r}, of which the model knows no shift"
+        f"{nearest_known(target, names)}"
     )
 
 

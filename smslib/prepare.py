@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from smslib import streaming
-from smslib.data import unknown_names
+from smslib.names import unknown_names
 from smslib.perturbseq import CONTROL, summarise
 from smslib.sources import TABLE_9
 

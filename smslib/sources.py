@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import errno
 import hashlib
 import http.client
 import json
 import os
 import re
-import shutil
 import socket
 import ssl
 import sys
@@ -31,6 +29,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+
+from smslib import files
+from smslib.files import size_text
+from smslib.names import unknown_names
 
 __all__ = [
     "SOURCES",
@@ -327,8 +329,7 @@ def find(name: str) -> Source:
         If there is none; the nearest names are listed.
     """
     if name not in SOURCES:
-        near = difflib.get_close_matches(name, SOURCES, cutoff=0.4) or sorted(SOURCES)
-        raise KeyError(f"unknown source {name!r}; nearest known: {near}")
+        raise KeyError(unknown_names("source", [name], SOURCES))
     return SOURCES[name]
 
 
@@ -415,14 +416,6 @@ def state(name: str, *, directory: str | os.PathLike[str] | None = None) -> str:
         return "present" if path.stat().st_size == source.bytes else "wrong size"
     part = _part(path)
     return f"partial ({part.stat().st_size / source.bytes:.0%})" if part.exists() else "absent"
-
-
-def size_text(n_bytes: int) -> str:
-    """Return a number of bytes as people say it: ``"8.8 GB"``."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.1f} {unit}"
-    return f"{n_bytes} bytes"
 
 
 def _folder(directory: str | os.PathLike[str] | None) -> Path:
@@ -609,7 +602,7 @@ def _fill(file: BinaryIO, source: Source, path: Path) -> None:
     """
     if _length(file) > source.bytes:
         file.truncate(0)
-    _check_room(source, path, have=_length(file))
+    files.check_room(**_room_for(source, path, have=_length(file)))
     most, idle, reason = _length(file), 0, ""
     while _length(file) < source.bytes:
         if idle == _TRIES:
@@ -680,25 +673,19 @@ def _append(chunk: bytes, file: BinaryIO, source: Source, path: Path) -> None:
             rest = rest[file.write(rest) :]
     except OSError as error:
         if error.errno in _NO_ROOM:
-            raise _no_room(source, path, have=_length(file)) from error
+            raise files.no_room(**_room_for(source, path, have=_length(file))) from error
         raise
 
 
-def _check_room(source: Source, path: Path, *, have: int) -> None:
-    if source.bytes - have > shutil.disk_usage(path.parent).free:
-        raise _no_room(source, path, have=have)
-
-
-def _no_room(source: Source, path: Path, *, have: int) -> OSError:
-    """Return the error that says how much is needed, how much there is, and what to do."""
-    needed, free = source.bytes - have, shutil.disk_usage(path.parent).free
-    kept = f"; the {size_text(have)} that arrived are kept" if have else ""
-    return OSError(
-        errno.ENOSPC,
-        f"not enough room for {source.filename}: {size_text(needed)} needed, {size_text(free)} "
-        f"free in {path.parent}{kept}. Free some, or set SMS_DATA_DIR to a folder on a larger "
-        "disk",
-    )
+def _room_for(source: Source, path: Path, *, have: int) -> dict[str, Any]:
+    """Return what `smslib.files` has to know to say that there is no room."""
+    return {
+        "folder": path.parent,
+        "needed": source.bytes - have,
+        "what": source.filename,
+        "advice": "Free some, or set SMS_DATA_DIR to a folder on a larger disk",
+        "kept": have,
+    }
 
 
 def _bar(source: Source, task: str, *, done: int = 0) -> Any:  # noqa: ANN401 (tqdm has no types)
@@ -786,12 +773,10 @@ def _make(source: Source, path: Path) -> None:
     """Make a small file from what its address serves, verify, and move it into place."""
     origin = path.with_name(source.url.rpartition("/")[2])
     content = origin.read_bytes() if origin.exists() else _get(source.url)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
-        made = Path(folder) / path.name
+    with files.whole(path) as made:
         made.write_bytes(_DERIVED[source.derive](content))
         if problem := _mismatch(made, source):
             raise ValueError(_set_aside(made, path, f"made from {source.url}, {problem}"))
-        os.replace(made, path)
 
 
 def _get(url: str) -> bytes:

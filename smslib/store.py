@@ -8,19 +8,20 @@ book read numbers from there and from nowhere else.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
 import os
 import platform
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
+
+from smslib import files
+from smslib.names import nearest_known
 
 __all__ = [
     "Stored",
@@ -58,7 +59,7 @@ class Stored(dict[str, Any]):
 
     def __missing__(self, key: str) -> NoReturn:
         """Raise a KeyError that lists the nearest keys."""
-        raise KeyError(f"no {key!r} in {self.experiment!r}{_nearest(key, self)}")
+        raise KeyError(f"no {key!r} in {self.experiment!r}{nearest_known(key, self)}")
 
 
 def put(
@@ -134,7 +135,7 @@ def get(experiment: str, *, root: str | Path) -> Stored:
     path = Path(root) / f"{experiment}.json"
     if not path.exists():
         known = sorted(file.stem for file in path.parent.glob("*.json"))
-        raise KeyError(f"no experiment {experiment!r} in {root}{_nearest(experiment, known)}")
+        raise KeyError(f"no experiment {experiment!r} in {root}{nearest_known(experiment, known)}")
     return Stored(experiment, **read_json(path))
 
 
@@ -235,26 +236,13 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file, whole or not at all; return the path.
 
-    The content goes to a file beside the target, which then takes its place: a reader sees the old
-    file or the new one, and a crash leaves the old one.
+    A reader sees the old file or the new one, and a crash leaves the old one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with files.whole(path) as draft:
+        draft.write_bytes(content)
     return path
-
-
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    return f"; nearest: {near}" if near else f"; known: {list(known)[:10]}"
 
 
 def _surroundings(device: str) -> dict[str, Any]:

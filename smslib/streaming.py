@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
+from smslib import files
 from smslib.data import why_not_counts
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ def cut(
             _parts(out, fingerprint(path, rows, columns, block)) as at,
         ):
             _write_parts(at, layout, plan, path=path, label=out.name)
-            draft = _assemble(at, plan, obs, var, {**simulated(file), **(uns or {})})
-            os.replace(draft, out)
+            with files.whole(out, folder=at) as draft:
+                _assemble(draft, at, plan, obs, var, {**simulated(file), **(uns or {})})
     return out
 
 
@@ -521,20 +521,14 @@ def _parts(out: Path, made_of: Mapping[str, Any]) -> Iterator[Path]:
     if not manifest.exists() or json.loads(manifest.read_text()) != made_of:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _replaced(manifest, json.dumps(made_of).encode())
+        with files.whole(manifest) as draft:
+            draft.write_text(json.dumps(made_of))
     try:
         yield folder
     except ValueError:
         shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
-
-
-def _replaced(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_bytes(content)
-    os.replace(draft, path)
 
 
 def _write_parts(folder: Path, layout: _Layout, plan: _Plan, *, path: Path, label: str) -> None:
@@ -595,10 +589,9 @@ def _write_part(part: Path, layout: _Layout, plan: _Plan, tile: _Tile, path: Pat
         arrays[f"counts-{number}"] = rows.data
         arrays[f"genes-{number}"] = rows.indices.astype(np.min_scalar_type(len(genes)))
         arrays[f"lengths-{number}"] = np.diff(rows.indptr)
-    draft = part.with_suffix(".tmp")
-    with draft.open("wb") as file:
+    # Not flushed: a part that a power cut spoils fails its checksum.
+    with files.whole(part, flush=False) as draft, draft.open("wb") as file:
         np.savez(file, **arrays)
-    os.replace(draft, part)  # not flushed: a part that a power cut spoils fails its checksum
 
 
 def _counted(
@@ -641,14 +634,9 @@ def _not_counts(
 
 def _check_room(out: Path, layout: _Layout, plan: _Plan) -> None:
     need = int(_ON_DISK * layout.density * len(plan.cells) * len(plan.genes))
-    free = shutil.disk_usage(out.parent).free
-    if free < need:
-        raise OSError(
-            errno.ENOSPC,
-            f"{out.parent} has {free:,} bytes free, but about {need:,} are needed for "
-            f"{len(plan.cells):,} cells x {len(plan.genes):,} genes and their parts; free some or "
-            "write elsewhere (out=)",
-        )
+    what = f"{len(plan.cells):,} cells x {len(plan.genes):,} genes and their parts"
+    advice = "Free some, or write elsewhere (out=)"
+    files.check_room(out.parent, need, what=what, advice=advice)
 
 
 @contextlib.contextmanager
@@ -669,14 +657,17 @@ def _full_disk_explained(out: Path) -> Iterator[None]:
 
 
 def _assemble(
-    folder: Path, plan: _Plan, obs: pd.DataFrame, var: pd.DataFrame, uns: Mapping[str, Any]
-) -> Path:
-    """Put the parts together as one .h5ad in their folder, read it back, and return it."""
+    draft: Path,
+    folder: Path,
+    plan: _Plan,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    uns: Mapping[str, Any],
+) -> None:
+    """Put the parts together as one .h5ad and read it back."""
     import h5py
     from anndata import AnnData
 
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".h5ad", delete=False) as file:
-        draft = Path(file.name)
     AnnData(obs=obs, var=var, uns=dict(uns)).write_h5ad(draft)
     summary = sum(_summary(folder, number) for number in range(len(plan.tiles)))
     largest = max(int(_summary(folder, n)[:, 2].max()) for n in range(len(plan.tiles)))
@@ -684,9 +675,6 @@ def _assemble(
         _write_csr(file, folder, plan, int(summary[:, 0].sum()), np.min_scalar_type(largest))
     with h5py.File(draft, "r") as file:
         _verify(file["X"], plan, summary)
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    return draft
 
 
 def _summary(folder: Path, number: int) -> Int[np.ndarray, "band 3"]:

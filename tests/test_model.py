@@ -517,6 +517,31 @@ def test_saving_again_replaces_the_model(tmp_path):
     assert torch.equal(SMSVAE.load(tmp_path).log_theta, second.log_theta)
 
 
+def test_two_processes_may_save_into_one_folder(tmp_path, monkeypatch):
+    """The second begins and ends before the file of the first is in its place."""
+    first, second, save = make_model(seed=0), make_model(seed=1), torch.save
+
+    def overtaken(state, path):
+        save(state, path)
+        monkeypatch.setattr(torch, "save", save)
+        second.save(tmp_path)
+
+    monkeypatch.setattr(torch, "save", overtaken)
+    first.save(tmp_path)
+    assert torch.equal(SMSVAE.load(tmp_path).log_theta, first.log_theta)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.pt"]
+
+
+def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
+    model = make_model()
+    model.save(tmp_path)
+    monkeypatch.setattr(torch, "save", lambda state, path: path.write_bytes(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_model(seed=1).save(tmp_path)
+    assert torch.equal(SMSVAE.load(tmp_path).log_theta, model.log_theta)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.pt"]
+
+
 def test_loading_from_an_empty_folder_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no saved model \(config.json is missing"):
         SMSVAE.load(tmp_path)

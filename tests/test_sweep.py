@@ -485,7 +485,7 @@ def test_a_study_killed_at_random_moments_resumes(tmp_path, launch, workers):
 
 
 def test_a_study_killed_at_any_line_resumes(tmp_path, launch):
-    """Every line of the sweep and the store, those between opening and renaming a file too."""
+    """Every line of sweep, store and files, those between opening and renaming a file too."""
     child = launch("at_every_line", tmp_path / "runs")
     output, errors = child.communicate(timeout=120)
     assert (child.returncode, errors) == (0, "")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from killing import tasks
 
-from smslib import store, sweep
+from smslib import files, store, sweep
 
-CODE = {sweep.__file__, store.__file__}
+CODE = {sweep.__file__, store.__file__, files.__file__}
 
 
 def to_the_end(root, workers):

@@ -1,0 +1,50 @@
+"""Names that nobody knows: what an error message says about the nearest known ones."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["nearest_known", "unknown_names"]
+
+_CUTOFF = 0.4  # of difflib: below, a name is no likely slip of the other
+_N_NEAREST, _N_LISTED = 3, 10
+
+
+def nearest_known(name: str, known: Iterable[str]) -> str:
+    """Say which known names a name resembles, or what there is if it resembles none.
+
+    Parameters
+    ----------
+    name : str
+    known : iterable of str
+
+    Returns
+    -------
+    str
+        To follow a message: ``"; nearest known: ['STAT1']"``, or ``"; known: [...]"`` with the
+        first ten.
+    """
+    names = [str(each) for each in known]
+    near = difflib.get_close_matches(name, names, n=_N_NEAREST, cutoff=_CUTOFF)
+    return f"; nearest known: {near}" if near else f"; known: {names[:_N_LISTED]}"
+
+
+def unknown_names(what: str, names: Iterable[str], known: Iterable[str]) -> str:
+    """Say which names are not known, all of them, each with the nearest that are.
+
+    Parameters
+    ----------
+    what : str
+        What is named, in the singular: ``"condition"``.
+    names, known : iterable of str
+
+    Returns
+    -------
+    str
+        ``"unknown gene 'STAT'; nearest known: ['STAT1'], unknown gene ..."``; empty if all are
+        known.
+    """
+    known = dict.fromkeys(known)
+    missing = [name for name in dict.fromkeys(names) if name not in known]
+    return ", ".join(f"unknown {what} {name!r}{nearest_known(name, known)}" for name in missing)

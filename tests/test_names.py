@@ -1,0 +1,34 @@
+"""What messages say about unknown names."""
+
+import pytest
+
+from smslib.names import nearest_known, unknown_names
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "text"),
+    [
+        ("STAT", ["JAK2", "STAT1"], "; nearest known: ['STAT1']"),
+        (
+            "STAT",
+            ["STAT1", "STAT2", "STAT3", "STAT"],
+            "; nearest known: ['STAT', 'STAT3', 'STAT2']",
+        ),
+        ("x", ["JAK2", "STAT1"], "; known: ['JAK2', 'STAT1']"),
+        ("x", list("abcdefghijkl"), "; known: ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i', 'j']"),
+        ("x", [], "; known: []"),
+    ],
+)
+def test_the_three_nearest_or_the_first_ten(name, known, text):
+    assert nearest_known(name, known) == text
+
+
+def test_every_unknown_name_is_said_once():
+    text = unknown_names("gene", ["STAT", "AB", "x", "STAT"], ["AB", "STAT1"])
+    first, second = "'STAT'; nearest known: ['STAT1']", "'x'; known: ['AB', 'STAT1']"
+    assert text == f"unknown gene {first}, unknown gene {second}"
+    assert unknown_names("gene", ["A"], {"A": 1}) == ""
+
+
+def test_known_names_may_come_from_an_iterator():
+    assert unknown_names("gene", ["B", "C"], iter("AB")) == "unknown gene 'C'; known: ['A', 'B']"
