@@ -64,9 +64,9 @@ class Diagnosis:
 
 
 def diagnose(
-    graph: Shaped[np.ndarray, "..."],
+    graph: Shaped[np.ndarray, ...],
     *,
-    shift: Shaped[np.ndarray, "..."] | None = None,
+    shift: Shaped[np.ndarray, ...] | None = None,
 ) -> Diagnosis:
     """Say which latents a graph identifies.
 
@@ -96,7 +96,7 @@ def diagnose(
 
 
 def _checked(
-    graph: Shaped[np.ndarray, "..."], shift: Shaped[np.ndarray, "..."] | None
+    graph: Shaped[np.ndarray, ...], shift: Shaped[np.ndarray, ...] | None
 ) -> Bool[np.ndarray, "target latent"]:
     graph = np.asarray(graph)
     if graph.ndim != 2 or graph.size == 0 or not np.isin(graph, (0, 1)).all():
