@@ -23,10 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from smslib import holdouts, sources
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "book" / "results"
 CLAIMS = ledger.load(RESULTS / "claims.yml")
-TESTABLE = [claim for claim in CLAIMS.values() if not claim.untestable]
+TESTABLE = [claim for claim in CLAIMS.values() if not claim.single]
+ELSEWHERE = [claim for claim in CLAIMS.values() if claim.command]
+SINGLE = [claim for claim in CLAIMS.values() if claim.single]
 PUBLISHED = yaml.safe_load((RESULTS / "paper_values.yml").read_text())
 METHODS = ("vae", "beta-vae", "ivae", "svae", "svae+")
 SETTINGS = {
@@ -326,6 +330,25 @@ def test_an_untestable_claim_gives_its_reason(store):
     )
 
 
+def elsewhere(reproduced=""):
+    more = {"needs": "a large screen", "command": "run it", "reproduced": reproduced}
+    return ledger.Claim("C01", "claim", "source", **more)
+
+
+def test_a_claim_about_what_is_not_here_is_judged_once_it_has_been_run(store):
+    text = 'gain("big", "screen.corrected.group", "i_nll_after", "svae+", "vae") > 0'
+    not_here = ledger.Verdict("not run here", "a large screen")
+    for about in (elsewhere(), elsewhere(text)):
+        assert ledger.judge(about, "smslib", store) == not_here
+    keys = [f"screen.corrected.group.{method}.i_nll_after" for method in ("svae+", "vae")]
+    put(store.folder, "big", dict(zip(keys, ([100.0, 101.0], [102.0, 104.0]), strict=True)))
+    later = ledger.Store(store.folder)
+    assert ledger.judge(elsewhere(text), "smslib", later).status == "reproduced"
+    assert ledger.judge(elsewhere(f"not {text}"), "smslib", later).status == "not reproduced"
+    missing = text.replace("vae", "ivae")
+    assert ledger.judge(elsewhere(missing), "smslib", later).status == "not run"
+
+
 def test_a_condition_is_no_number(store):
     with pytest.raises(ledger.LedgerError, match="is a number, 3; a condition compares it"):
         ledger.judge(claim("1 + 2"), "smslib", store)
@@ -346,8 +369,14 @@ FIGURE = {"label": "x", "value": "1", "digits": 2}
         ([{**ENTRY, "id": None}], "claim None stands where 'C01' should"),
         ([{**ENTRY, "source": None}], "claim C01: missing \\['source'\\], unknown \\[\\]"),
         ([{**ENTRY, "parly": "1 < 2"}], "unknown \\['parly'\\]"),
-        ([{**ENTRY, "untestable": "no"}], "either 'reproduced' or 'untestable', and not both"),
-        ([{**ENTRY, "reproduced": ""}], "either 'reproduced' or 'untestable', and not both"),
+        ([{**ENTRY, "untestable": "no"}], "either 'untestable', or 'reproduced' .* not both"),
+        ([{**ENTRY, "reproduced": ""}], "either 'untestable', or 'reproduced' .* not both"),
+        ([{**ENTRY, "command": "run"}], "both 'command' and 'needs', or neither"),
+        ([{**ENTRY, "needs": "more"}], "both 'command' and 'needs', or neither"),
+        (
+            [{**ENTRY, "needs": "n", "command": "c", "partly": 'value("a", "{arm}.b") > 0'}],
+            "judged once, but 'value.*' depends on the arm",
+        ),
         ([{**ENTRY, "partly": "os.system"}], "'os.system' is not of the language"),
         ([{**ENTRY, "show": [{**FIGURE, "value": "x"}]}], "'x' is not of the language"),
         ([{**ENTRY, "show": [{"label": "x"}]}], "C01, show: missing \\['value', 'digits'\\]"),
@@ -378,7 +407,9 @@ def calls(text):
 def test_the_book_has_claims_of_every_kind():
     assert len(TESTABLE) >= 15
     assert len(CLAIMS) > len(TESTABLE)
+    assert len(SINGLE) > len(ELSEWHERE) >= 5
     assert all(about.partly and about.criterion and about.show for about in TESTABLE)
+    assert all(about.show for about in ELSEWHERE)
     assert {name for about in TESTABLE for name in about.experiments} == set(SETTINGS)
 
 
@@ -392,6 +423,56 @@ def test_a_claim_names_only_what_the_benchmark_stores(about):
         assert re.fullmatch(r"\{arm\}" + SETTINGS[experiment], prefix), prefix
         assert score in SCORES
         assert set(methods) <= set(METHODS)
+
+
+@pytest.mark.parametrize("about", SINGLE, ids=lambda about: about.id)
+def test_a_claim_about_screens_names_only_what_the_studies_store(about):
+    scores = {"i_nll_after", "validation_elbo", "average_precision_gate"}
+    for _, experiment, prefix, score, *methods in (c for t in about.expressions for c in calls(t)):
+        study = holdouts.STUDIES[experiment.removeprefix("holdouts-")]()
+        known = {f"{c['dataset']}.{c['arm']}.{c['group']}.{c['method']}" for c in study}
+        assert {f"{prefix}.{method}" for method in methods} <= known
+        assert score in scores
+
+
+@pytest.mark.parametrize("about", ELSEWHERE, ids=lambda about: about.id)
+def test_the_command_of_a_claim_exists_and_makes_what_judges_it(about):
+    made = set()
+    for part in about.command.split(" && "):
+        module, *words = part.removeprefix("python -m smslib.").split()
+        if module == "perturbseq":
+            assert words[0] in ("fetch", "prepare")
+            assert words[1] in sources.SOURCES
+        else:
+            assert (module, words[0] in holdouts.STUDIES) == ("holdouts", True)
+            made.add(f"holdouts-{words[0]}")
+    texts = [text for text in (about.reproduced, about.partly) if text]
+    assert {call[1] for text in texts for call in calls(text)} == made
+
+
+@pytest.mark.parametrize("best", METHODS)
+def test_claims_about_screens_follow_whoever_leads(tmp_path, best):
+    """Where one method leads everywhere, only what says so is reproduced."""
+    rng = np.random.default_rng(0)
+    for experiment, prefix, score, method in needed(t for a in ELSEWHERE for t in a.expressions):
+        lead = 5.0 * (method == best) * (-1 if score == "i_nll_after" else 1)
+        runs = {f"{prefix}.{method}.{score}": lead + 0.01 * rng.standard_normal(3)}
+        put(tmp_path, experiment, runs)
+    found = {a.id for a in ELSEWHERE if judged(a, tmp_path) == "reproduced"}
+    assert found == {"svae+": {"C30", "C31", "C33"}}.get(best, set())
+
+
+def judged(about, folder):
+    return ledger.judge(about, "smslib", ledger.Store(folder)).status
+
+
+def test_both_models_with_plain_shifts_must_lead_for_c32(tmp_path):
+    rng, levels = np.random.default_rng(0), {"ivae": 9.0, "svae": 8.0}
+    prefix = "norman.corrected.mmd30"
+    for method in METHODS:
+        level = levels.get(method, 1.0) + 0.01 * rng.standard_normal(3)
+        put(tmp_path, "holdouts-norman", {f"{prefix}.{method}.validation_elbo": level})
+    assert judged(CLAIMS["C32"], tmp_path) == "reproduced"
 
 
 # Worlds: what every key of the ledger would hold if some story were true.
@@ -432,7 +513,7 @@ def build_world(folder, level, arm="smslib", spread=1e-6, seeds=3):
 
 
 def in_lower(score, value):
-    return -value if score in {"i_nll"} else value
+    return -value if score in {"i_nll", "i_nll_after"} else value
 
 
 def equal(experiment, prefix, score, method):
@@ -558,10 +639,12 @@ class Second:
     def judge(self, about):
         if about.untestable:
             return "cannot be tested here"
+        if about.command and not about.reproduced:
+            return "not run here"
         texts = [t.replace("{arm}", self.arm) for t in (about.reproduced, about.partly)]
         experiments = {call[1] for text in texts for call in calls(text) if call[0] != "paper"}
         if not all((self.folder / f"{name}.json").is_file() for name in experiments):
-            return "not run yet"
+            return "not run here" if about.command else "not run yet"
         try:
             met = [eval(text, self.names()) for text in texts]
         except (KeyError, IndexError, TypeError):  # no key, no pairs, or a null
@@ -649,7 +732,7 @@ def test_the_table_shows_the_status_of_every_claim_in_every_arm(site):
     second = [Second(site / "book" / "results", arm) for arm in ledger.ARMS]
     expected = {
         name: [second[0].judge(about)]
-        if about.untestable
+        if about.single
         else [judge.judge(about) for judge in second]
         for name, about in CLAIMS.items()
     }
@@ -688,7 +771,21 @@ def test_a_badge_links_to_its_row_and_says_the_claim(site):
     links = parse(site, "other").select("p > a:has(.claim-badge)")
     assert [link["href"] for link in links] == ["claims.html#claim-c03", "claims.html#claim-c31"]
     assert [link["title"] for link in links] == [CLAIMS["C03"].claim, CLAIMS["C31"].claim]
-    assert links[1].get_text() == "C31 cannot be tested here"
+    assert links[1].get_text() == "C31 not run here"
+
+
+@one_worker
+def test_what_was_not_run_here_comes_with_its_command_and_what_was_run(site):
+    row = parse(site, "claims").select_one("tr#claim-c33")
+    verdict = row.find_next_sibling("tr")
+    assert verdict.select_one(".claim-command").get_text() == CLAIMS["C33"].command
+    assert "Run: python -m smslib.perturbseq fetch" in verdict.get_text()
+    shown_beside = verdict.find_next_sibling("tr")
+    assert shown_beside.th.get_text() == CLAIMS["C33"].show[0].label
+    published, ours = shown_beside.select("td")
+    assert (published.get_text(), ours["colspan"]) == ("–", "3")
+    value = evaluate(CLAIMS["C33"].show[0].value, ledger.Store(RESULTS))
+    assert ours.get_text().startswith(f"{value:.2f} [")
 
 
 @one_worker

@@ -6,6 +6,9 @@ in a language of its own: numbers, comparisons, ``and``, ``or``, ``not``, ``+ - 
 stands for the arm that is judged. Nothing else is read, and nothing is ever handed to Python to
 run. A claim is judged only if everything that its conditions name is stored: no part of a
 condition is skipped because another part already decides it.
+
+A claim about a screen that is too large to be fetched here has a command that runs what would
+judge it, and is judged once, not by arm. Until that is stored it is *not run here*.
 """
 
 import ast
@@ -24,10 +27,11 @@ from scipy.special import stdtrit
 
 ARMS = {"released": "as released", "corrected": "corrected", "smslib": "smslib"}
 REPRODUCED, PARTLY, NOT = "reproduced", "partly", "not reproduced"
-NOT_YET, NOT_RUN, UNTESTABLE = "not run yet", "not run", "cannot be tested here"
-STATUSES = (REPRODUCED, PARTLY, NOT, NOT_YET, NOT_RUN, UNTESTABLE)
+NOT_YET, NOT_RUN, NOT_HERE = "not run yet", "not run", "not run here"
+UNTESTABLE = "cannot be tested here"
+STATUSES = (REPRODUCED, PARTLY, NOT, NOT_YET, NOT_RUN, NOT_HERE, UNTESTABLE)
 FEWEST_PAIRS = 3  # Student's factor is 12.7 for two values, 4.3 for three
-LOWER_IS_BETTER = frozenset({"i_nll", "i_nll_gap", "shd", "calibration"})
+LOWER_IS_BETTER = frozenset({"i_nll", "i_nll_after", "i_nll_gap", "shd", "calibration"})
 WITH_INTERVAL = {"mean": ("low", "high"), "gain": ("gain_low", "gain_high")}
 
 _OPERATORS: dict[type, Callable] = {
@@ -371,7 +375,14 @@ class Claim:
     reproduced: str = ""
     partly: str = ""
     untestable: str = ""
+    needs: str = ""
+    command: str = ""
     show: tuple[Figure, ...] = field(default=())
+
+    @property
+    def single(self) -> bool:
+        """Whether the claim has one verdict, and not one for each arm."""
+        return bool(self.untestable or self.command)
 
     @property
     def expressions(self) -> list[str]:
@@ -435,10 +446,14 @@ def judge(claim: Claim, arm: str, store: Store) -> Verdict:
     """
     if claim.untestable:
         return Verdict(UNTESTABLE, claim.untestable)
+    if not claim.reproduced:
+        return Verdict(NOT_HERE, claim.needs)
     try:
         conditions = (claim.reproduced, claim.partly)
         reproduced, *partly = [_condition(text, store, arm) for text in conditions if text]
     except NotStored as gap:
+        if claim.command and gap.status == NOT_YET:
+            return Verdict(NOT_HERE, claim.needs)
         return Verdict(gap.status, str(gap))
     if reproduced:
         return Verdict(REPRODUCED)
@@ -460,13 +475,21 @@ def _claim(entry: Mapping[str, Any], expected: str) -> Claim:
         message = f"claim {name!r} stands where {expected!r} should; number them without gaps"
         raise LedgerError(message)
     _complete(entry, Claim, f"claim {name}")
-    if bool(entry.get("untestable")) == bool(entry.get("reproduced")):
-        message = f"claim {name} needs either 'reproduced' or 'untestable', and not both"
+    if bool(entry.get("untestable")) == bool(entry.get("reproduced") or entry.get("command")):
+        message = (
+            f"claim {name} needs either 'untestable', or 'reproduced' or 'command', and not both"
+        )
+        raise LedgerError(message)
+    if bool(entry.get("command")) != bool(entry.get("needs")):
+        message = f"claim {name} needs both 'command' and 'needs', or neither"
         raise LedgerError(message)
     show = tuple(_figure(shown, name) for shown in entry.get("show", []))
     claim = Claim(**{**entry, "show": show})
     for text in claim.expressions:
         parse(text, next(iter(ARMS)))
+        if claim.single and "{arm}" in text:
+            message = f"claim {name} is judged once, but {text!r} depends on the arm"
+            raise LedgerError(message)
     return claim
 
 

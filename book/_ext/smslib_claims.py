@@ -162,16 +162,18 @@ def _block(claim: Claim, store: Store) -> list[nodes.row]:
         ids=[anchor(claim)],
     )
     head["classes"].append("claim-head")
-    if claim.untestable:
-        verdict = [status(ledger.UNTESTABLE), nodes.Text(f": {claim.untestable}")]
-        return [head, nodes.row("", _entry(["status"]), _entry(verdict, span=len(ARMS) + 1))]
+    if claim.single:
+        verdict = nodes.row(
+            "", _entry(["status"]), _entry(_once(claim, store), span=len(ARMS) + 1)
+        )
+        return [head, verdict, *(_figure(figure, store, once=True) for figure in claim.show)]
     verdicts = _row(["status"], [DASH], *(_verdict(claim, arm, store) for arm in ARMS))
     return [head, verdicts, *(_figure(figure, store) for figure in claim.show)]
 
 
 def _words(claim: Claim) -> list[Node]:
     words = [nodes.strong("", claim.id), nodes.Text(f" {claim.claim} ({claim.source})")]
-    if claim.untestable:
+    if not claim.criterion:
         return words
     criterion = nodes.inline("", f"Reproduced if {claim.criterion}.", classes=["claim-criterion"])
     return [*words, nodes.Text(" "), criterion]
@@ -179,7 +181,7 @@ def _words(claim: Claim) -> list[Node]:
 
 def _conditions(claim: Claim) -> str:
     """Return the conditions as they are computed, folded away."""
-    if claim.untestable:
+    if not claim.reproduced:
         return ""
     conditions = {"reproduced": claim.reproduced, "partly": claim.partly}
     lines = "".join(
@@ -197,10 +199,30 @@ def _verdict(claim: Claim, arm: str, store: Store) -> list[Node]:
     return [status(found.status), *([nodes.Text(" "), reason] if found.reason else [])]
 
 
-def _figure(figure: Figure, store: Store) -> nodes.row:
+def _once(claim: Claim, store: Store) -> list[Node]:
+    """Return the one verdict of a claim that has no arms, and the command that leads to it."""
+    found = ledger.judge(claim, next(iter(ARMS)), store)
+    words: list[Node] = [status(found.status)]
+    if found.reason:
+        words.append(nodes.Text(f": {found.reason}"))
+    if claim.command:
+        words += [
+            nodes.Text(" Run: "),
+            nodes.literal("", claim.command, classes=["claim-command"]),
+        ]
+    return words
+
+
+def _figure(figure: Figure, store: Store, *, once: bool = False) -> nodes.row:
     published = number(figure.paper, figure.digits, store, "")
-    ours = [number(figure.value, figure.digits, store, arm) for arm in ARMS]
-    return _row([figure.label], published, *ours)
+    if once:
+        ours = _entry(number(figure.value, figure.digits, store, ""), span=len(ARMS))
+        return nodes.row("", _entry([figure.label]), _entry(published), ours)
+    return _row(
+        [figure.label],
+        published,
+        *(number(figure.value, figure.digits, store, arm) for arm in ARMS),
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[nodes.row], name: str) -> nodes.table:
