@@ -40,8 +40,9 @@ full: $(READY) ## Run the notebooks at full size on the best device, refresh boo
 bench: $(READY) ## Run what is missing of a study (EXPERIMENT=table1, table4, ..., figure4, cells, waterfall)
 	@$(ONE_THREAD) $(PY) -m smslib.benchmark $(EXPERIMENT)
 
-speed: $(READY) ## Measure speed on this machine and refresh book/results/benchmarks.json
+speed: $(READY) ## Measure speed on this machine: fits, and cuts of large files (benchmarks.json, prepare.json)
 	@$(PY) tests/benchmarks/bench_core.py --out book/results
+	@$(PY) tests/benchmarks/prepare_speed.py --out book/results
 
 lint: $(READY) ## Check the style of the code
 	$(PY) -m ruff check .
