@@ -27,7 +27,9 @@ __all__ = [
     "from_anndata",
     "minibatches",
     "seeded",
+    "single",
     "split_cells",
+    "streams",
     "why_not_counts",
 ]
 
@@ -284,6 +286,31 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)
         yield
+
+
+def streams(seed: int, names: Sequence[str]) -> dict[str, np.random.Generator]:
+    """Return independent random streams, one for each ingredient of what is drawn.
+
+    Parameters
+    ----------
+    seed : int
+    names : sequence of str
+        A stream depends on its place among them: new ones go to the end.
+
+    Returns
+    -------
+    dict of Generator
+        By name.
+    """
+    children = np.random.SeedSequence(seed).spawn(len(names))
+    return {
+        name: np.random.default_rng(child) for name, child in zip(names, children, strict=True)
+    }
+
+
+def single(array: np.ndarray) -> Tensor:
+    """Return an array as a tensor of single precision."""
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def why_not_counts(counts: np.ndarray | scipy.sparse.csr_matrix) -> str:

@@ -3,8 +3,8 @@
 Lopez et al. (CLeaR 2023) cut 116,641 cells, 681 targets and 1,187 genes out of a file of 66 GB.
 `screen_like` draws a screen of that shape: depth, gene means and dispersions are those of a small
 real screen, targets act in clusters, and what nobody knows of a real screen (latents, shifts, gene
-programs, escaped cells, batch effects) is known. `write` puts it into a file with the columns of
-the real one and a mark in ``uns["simulated"]``.
+programs, escaped cells, batch effects) is known. `smslib.lookalike_file` writes it in the schema
+of the real one.
 
 Every ingredient has a random stream of its own: another number of cells, batches or escaped cells
 leaves clusters, shifts and programs as they are.
@@ -13,25 +13,19 @@ leaves clusters, shifts and programs as they are.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smslib import __version__, perturbseq
-from smslib.data import Cells, Design
+from smslib.data import Cells, Design, single, streams
 
 if TYPE_CHECKING:
-    import h5py
-    import pandas as pd
     from anndata import AnnData
 
 __all__ = [
@@ -41,10 +35,11 @@ __all__ = [
     "LookAlike",
     "ProgramDecoder",
     "Template",
+    "draw_nonempty",
+    "invented_names",
+    "negative_binomial",
     "screen_like",
     "template_of",
-    "to_anndata",
-    "write",
 ]
 
 STREAMS = (
@@ -80,7 +75,7 @@ _LEAK = 0.5
 _LARGEST_LOADING = 0.7  # sd of a gene's log rate due to the latents
 _DISPERSION = (0.02, 4.0)  # a few template genes lie outside, by noise or by doublets
 _SMALLEST_RESIDUAL = 0.01
-_BLOCK = 2048  # cells drawn or written at a time; part of what a seed means
+BLOCK = 2048  # cells drawn or written at a time; part of what a seed means
 _N_REFERENCE = 4000
 
 
@@ -207,6 +202,17 @@ class Template:
                 f"the template {self.name!r} has {self.library.mean():.5g} UMIs per cell, but its "
                 f"gene means sum to {self.mean.sum():.5g}; expected both over the same genes"
             )
+
+    def resized(self, n_genes: int, rng: np.random.Generator) -> Template:
+        """Return the template for another number of genes: its own at evenly spaced ranks."""
+        n = len(self.mean)
+        if n == n_genes:
+            return self
+        rank = (np.arange(n_genes) + 0.5) / n_genes * n
+        chosen = rng.permutation(np.argsort(self.mean, kind="stable")[rank.astype(int)])
+        mean = self.mean[chosen]
+        library = self.library * (mean.sum() / self.mean.sum())
+        return Template(self.name, mean, self.dispersion[chosen], library)
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,26 +408,26 @@ def screen_like(
     _check_shares(explained=explained, escape=escape, confounding=confounding)
     _check_batch_effects(batches, batch_sd, confounding)
     symbols, clusters = _symbols(lists, pathways, n_targets, n_genes)
-    streams = _streams(seed)
-    moments = _resized(_template(template), n_genes, streams["gene"])
-    decoder = _decoder(moments, n_latent, explained, streams)
+    rngs = streams(seed, STREAMS)
+    moments = _template(template).resized(n_genes, rngs["gene"])
+    decoder = _decoder(moments, n_latent, explained, rngs)
     member = _membership(symbols.targets, clusters)
-    shift, strength = _draw_shifts(streams, member, n_latent, effects)
-    condition = _draw_conditions(streams, n_targets, n_cells, controls)
-    batch_effect = _draw_batch_effects(streams["batch-effect"], batches, batch_sd, n_genes)
+    shift, strength = _draw_shifts(rngs, member, n_latent, effects)
+    condition = _draw_conditions(rngs, n_targets, n_cells, controls)
+    batch_effect = _draw_batch_effects(rngs["batch-effect"], batches, batch_sd, n_genes)
     drawn = _draw_cells(
-        streams, condition, shift, decoder, batch_effect, moments.library, escape, confounding
+        rngs, condition, shift, decoder, batch_effect, moments.library, escape, confounding
     )
     return LookAlike(
         **drawn,
         design=Design.single_target(symbols.targets, control=perturbseq.CONTROL),
-        shift=_float32(shift),
+        shift=single(shift),
         graph=torch.from_numpy(shift[1:] != 0),
         decoder=decoder,
         pathways=symbols.pathways,
         clusters=clusters,
-        strength=_float32(strength),
-        batch_effect=_float32(batch_effect),
+        strength=single(strength),
+        batch_effect=single(batch_effect),
         genes=symbols.genes,
         template=moments,
         origin=_origin(seed, moments.name, options),
@@ -480,95 +486,6 @@ def template_of(
     return Template(name, kept.mean(0), dispersion, library)
 
 
-def to_anndata(screen: LookAlike) -> AnnData:
-    """Return the screen as AnnData: what `smslib.data.from_anndata` reads, marked as simulated.
-
-    Parameters
-    ----------
-    screen : LookAlike
-
-    Returns
-    -------
-    AnnData, (n_cells, n_genes)
-        ``X`` CSR, of the smallest unsigned integer that holds the counts; ``obs["target"]`` and
-        ``obs["gem_group"]``; ``var["gene_name"]``; ``uns["simulated"]`` and ``uns["pathways"]``.
-    """
-    import anndata
-    import pandas as pd
-    from scipy import sparse
-
-    largest = int(screen.cells.counts.max())
-    kind = np.uint16 if largest < 2**16 else np.uint32
-    starts = range(0, len(screen.cells), _BLOCK)
-    blocks = (screen.cells.counts[start : start + _BLOCK].numpy() for start in starts)
-    counts = sparse.vstack([sparse.csr_matrix(block.astype(kind)) for block in blocks], "csr")
-    obs = pd.DataFrame(
-        {
-            "target": pd.Categorical(_labels(screen)),
-            "gem_group": screen.batch.numpy() + 1,
-        },
-        index=_cell_names(np.arange(len(screen.cells))),
-    )
-    pathways = {name: list(members) for name, members in screen.pathways.items()}
-    uns = {"simulated": dict(screen.origin), "pathways": pathways}
-    return anndata.AnnData(X=counts, obs=obs, var=_gene_frame(screen.genes), uns=uns)
-
-
-def write(
-    screen: LookAlike,
-    path: str | os.PathLike[str],
-    *,
-    surplus_genes: int = 0,
-    surplus_cells: int = 0,
-) -> Path:
-    """Write the screen in the schema of ``K562_gwps_raw_singlecell_01.h5ad``.
-
-    Contiguous dense float32 ``X``; ``obs``: ``gene`` (the target), ``gem_group``, ``sgID_AB``,
-    ``mitopercent``, ``UMI_count``; ``var``: ids like Ensembl's as index and ``gene_name``.
-    ``uns["simulated"]`` marks the file.
-
-    Parameters
-    ----------
-    screen : LookAlike
-    path : path
-        An existing file is replaced.
-    surplus_genes, surplus_cells : int
-        Genes and cells of no interest, strewn among the others, for a cut to drop: genes with the
-        template's means and dispersions that no latent moves; cells of targets in no list, without
-        effect. 7,061 genes make the real file's 8,248.
-
-    Returns
-    -------
-    Path
-        The file. Cells and genes of the screen keep their order.
-
-    Raises
-    ------
-    ValueError
-        If a surplus is negative.
-    OSError
-        If the disk has no room for the file, or it does not read back as written.
-
-    Notes
-    -----
-    Guides, ``mitopercent`` and the surplus are drawn from the screen's seed, in a stream of their
-    own. Written and read back in blocks: memory does not grow with the surplus.
-    """
-    if surplus_genes < 0 or surplus_cells < 0:
-        raise ValueError(
-            f"surplus_genes={surplus_genes}, surplus_cells={surplus_cells}; expected none or more"
-        )
-    path = Path(path)
-    rng = _streams(screen.origin["seed"])["surplus"]
-    layout = _Layout.of(screen, surplus_genes, surplus_cells, rng)
-    _check_disk(path.parent, 4 * len(layout.row) * len(layout.column))
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".write-") as folder:
-        temporary = Path(folder) / path.name
-        _write_file(temporary, screen, layout, rng)
-        os.replace(temporary, path)
-    return path
-
-
 # -------------------------------------------------------------------------------- the checks
 
 
@@ -608,15 +525,6 @@ def _check_batch_effects(batches: int, batch_sd: float, confounding: float) -> N
         )
 
 
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"the file needs {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; write "
-            "elsewhere or with fewer surplus genes and cells"
-        )
-
-
 # ----------------------------------------------------------------------- names and clusters
 
 
@@ -653,13 +561,13 @@ def _invented(pathways: Mapping[str, int] | None, n_targets: int, n_genes: int) 
             f"pathways of sizes {sizes} for n_targets={n_targets}; expected sizes of at least 1 "
             "that sum to n_targets at most"
         )
-    targets = _numbered("T", n_targets)
+    targets = invented_names("T", n_targets)
     edges = np.cumsum([0, *sizes.values()])
     groups = {
         name: targets[start:stop]
         for name, start, stop in zip(sizes, edges[:-1], edges[1:], strict=True)
     }
-    return _Symbols(targets, _numbered("G", n_genes), groups)
+    return _Symbols(targets, invented_names("G", n_genes), groups)
 
 
 def _scaled(n_targets: int) -> dict[str, int]:
@@ -668,7 +576,8 @@ def _scaled(n_targets: int) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size}
 
 
-def _numbered(letter: str, n: int) -> tuple[str, ...]:
+def invented_names(letter: str, n: int) -> tuple[str, ...]:
+    """Return numbered names of one length: ``("T01", "T02", ...)``."""
     width = len(str(n))
     return tuple(f"{letter}{number:0{width}d}" for number in range(1, n + 1))
 
@@ -750,36 +659,18 @@ def _log_normal(n: int = 500) -> Template:
     return Template("log-normal, moments of papalexi2021", mean, dispersion, library)
 
 
-def _resized(template: Template, n_genes: int, rng: np.random.Generator) -> Template:
-    """Return the template for another number of genes: its own ones at evenly spaced ranks."""
-    n = len(template.mean)
-    if n == n_genes:
-        return template
-    rank = (np.arange(n_genes) + 0.5) / n_genes * n
-    chosen = rng.permutation(np.argsort(template.mean, kind="stable")[rank.astype(int)])
-    mean = template.mean[chosen]
-    library = template.library * (mean.sum() / template.mean.sum())
-    return Template(template.name, mean, template.dispersion[chosen], library)
-
-
 # ------------------------------------------------------------------------------ the drawing
 
 
-def _streams(seed: int) -> dict[str, np.random.Generator]:
-    children = np.random.SeedSequence(seed).spawn(len(STREAMS))
-    generators = (np.random.default_rng(child) for child in children)
-    return dict(zip(STREAMS, generators, strict=True))
-
-
 def _draw_shifts(
-    streams: Mapping[str, np.random.Generator],
+    rngs: Mapping[str, np.random.Generator],
     member: Int[np.ndarray, " target"],
     n_latent: int,
     effects: Effects,
 ) -> tuple[Float[np.ndarray, "condition latent"], Float[np.ndarray, " target"]]:
     """Return the shift of every condition, the control's zeros first, and every target's share."""
-    of_cluster = _draw_cluster_shifts(streams["cluster"], len(set(member)), n_latent, effects)
-    rng = streams["target"]
+    of_cluster = _draw_cluster_shifts(rngs["cluster"], len(set(member)), n_latent, effects)
+    rng = rngs["target"]
     strength = _draw_strength(rng, len(member), effects)
     shape = (len(member), n_latent)
     shift = of_cluster[member] * np.exp(effects.deviation * rng.standard_normal(shape))
@@ -832,11 +723,11 @@ def _cells_per_target(
 
 
 def _draw_conditions(
-    streams: Mapping[str, np.random.Generator], n_targets: int, n_cells: int, controls: int
+    rngs: Mapping[str, np.random.Generator], n_targets: int, n_cells: int, controls: int
 ) -> Int[np.ndarray, " cell"]:
     """Return every cell's row of the design, in random order."""
-    sizes = _cells_per_target(n_targets, n_cells, streams["size"])
-    return streams["order"].permutation(np.repeat(np.arange(n_targets + 1), [controls, *sizes]))
+    sizes = _cells_per_target(n_targets, n_cells, rngs["size"])
+    return rngs["order"].permutation(np.repeat(np.arange(n_targets + 1), [controls, *sizes]))
 
 
 def _draw_batches(
@@ -864,7 +755,7 @@ def _draw_batch_effects(
 
 
 def _draw_cells(
-    streams: Mapping[str, np.random.Generator],
+    rngs: Mapping[str, np.random.Generator],
     condition: Int[np.ndarray, " cell"],
     shift: Float[np.ndarray, "condition latent"],
     decoder: ProgramDecoder,
@@ -874,16 +765,16 @@ def _draw_cells(
     confounding: float,
 ) -> dict[str, Any]:
     """Return what a `LookAlike` holds of each cell."""
-    escaped = (streams["escape"].random(len(condition)) < escape) & (condition > 0)
+    escaped = (rngs["escape"].random(len(condition)) < escape) & (condition > 0)
     z = shift[condition] * ~escaped[:, None]
-    z += streams["latent"].standard_normal(z.shape)
+    z += rngs["latent"].standard_normal(z.shape)
     sizes = (len(batch_effect), len(shift))
-    batch = _draw_batches(streams["batch"], condition, confounding, sizes)
-    exposure = streams["library"].choice(library, size=len(condition))
-    counts = _draw_counts(streams["count"], decoder, z, exposure, batch, batch_effect)
+    batch = _draw_batches(rngs["batch"], condition, confounding, sizes)
+    exposure = rngs["library"].choice(library, size=len(condition))
+    counts = _draw_counts(rngs["count"], decoder, z, exposure, batch, batch_effect)
     return {
         "cells": Cells(counts, torch.from_numpy(condition)),
-        "z": _float32(z),
+        "z": single(z),
         "escaped": torch.from_numpy(escaped),
         "batch": torch.from_numpy(batch),
     }
@@ -897,11 +788,11 @@ def _decoder(
     template: Template,
     n_latent: int,
     explained: float,
-    streams: Mapping[str, np.random.Generator],
+    rngs: Mapping[str, np.random.Generator],
 ) -> ProgramDecoder:
     """Draw programs; choose offsets and theta so that controls have the template's moments."""
-    raw = _draw_programs(streams["program"], n_latent, len(template.mean))
-    reference = streams["reference"].standard_normal((_N_REFERENCE, n_latent))
+    raw = _draw_programs(rngs["program"], n_latent, len(template.mean))
+    reference = rngs["reference"].standard_normal((_N_REFERENCE, n_latent))
     response = _response(torch.from_numpy(reference)).numpy()
     wanted = np.sqrt(np.log1p(explained * template.dispersion)).clip(max=_LARGEST_LOADING)
     programs = raw * wanted / (response @ raw).std(0)
@@ -952,15 +843,15 @@ def _draw_counts(
 ) -> Float[Tensor, "cell gene"]:
     """Draw the counts block by block."""
     counts = torch.empty(len(z), len(decoder.offset))
-    for start in range(0, len(z), _BLOCK):
-        rows = slice(start, start + _BLOCK)
+    for start in range(0, len(z), BLOCK):
+        rows = slice(start, start + BLOCK)
         logits = decoder.logits(torch.from_numpy(z[rows])).numpy() + batch_effect[batch[rows]]
-        drawn = _draw_block(rng, logits, exposure[rows], decoder.theta.numpy())
+        drawn = draw_nonempty(rng, logits, exposure[rows], decoder.theta.numpy())
         counts[rows] = torch.from_numpy(drawn)
     return counts
 
 
-def _draw_block(
+def draw_nonempty(
     rng: np.random.Generator,
     logits: Float[np.ndarray, "cell gene"],
     exposure: Float[np.ndarray, " cell"],
@@ -970,22 +861,19 @@ def _draw_block(
     from scipy.special import softmax
 
     rate = exposure[:, None] * softmax(logits, axis=1)
-    counts = _negative_binomial(rng, rate, theta)
+    counts = negative_binomial(rng, rate, theta)
     while (empty := counts.sum(1) == 0).any():
-        counts[empty] = _negative_binomial(rng, rate[empty], theta)
+        counts[empty] = negative_binomial(rng, rate[empty], theta)
     return counts
 
 
-def _negative_binomial(
+def negative_binomial(
     rng: np.random.Generator,
     mean: Float[np.ndarray, "cell gene"],
     theta: Float[np.ndarray, " gene"],
 ) -> Int[np.ndarray, "cell gene"]:
+    """Draw counts of these means; their variance is ``mean + mean**2 / theta``."""
     return rng.poisson(mean * rng.standard_gamma(theta, size=mean.shape) / theta)
-
-
-def _float32(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.float32))
 
 
 def _origin(seed: int, template: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -997,140 +885,3 @@ def _origin(seed: int, template: str, options: Mapping[str, Any]) -> dict[str, A
         "template": template,
         "options": json.dumps(options),
     }
-
-
-# --------------------------------------------------------------------------------- the file
-
-
-@dataclass(frozen=True, eq=False)
-class _Layout:
-    """Where cells and genes of a screen stand in its file, among the surplus.
-
-    ``row`` and ``column`` hold the number of the cell or gene, -1 for a surplus one.
-    """
-
-    row: Int[np.ndarray, " row"]
-    column: Int[np.ndarray, " column"]
-    surplus: Template | None
-    batch: Int[np.ndarray, " row"]
-    target: Shaped[np.ndarray, " row"]
-
-    @classmethod
-    def of(cls, screen: LookAlike, genes: int, cells: int, rng: np.random.Generator) -> _Layout:
-        """Strew the surplus at random; what is kept stays in order."""
-        row = _strewn(rng, len(screen.cells), cells)
-        others = _numbered("X", 1 + cells * screen.design.n_targets // len(screen.cells))
-        surplus = _resized(screen.template, genes, rng) if genes else None
-        batch = rng.integers(len(screen.batch_effect), size=len(row))
-        return cls(
-            row=row,
-            column=_strewn(rng, len(screen.genes), genes),
-            surplus=surplus,
-            batch=np.where(row >= 0, screen.batch.numpy()[row], batch),
-            target=np.where(row >= 0, _labels(screen)[row], rng.choice(others, size=len(row))),
-        )
-
-
-def _strewn(rng: np.random.Generator, n_kept: int, n_surplus: int) -> Int[np.ndarray, " place"]:
-    """Return 0, 1, 2, ... in order with as many -1 as there is surplus, at random places."""
-    surplus = rng.permutation(n_kept + n_surplus) >= n_kept
-    return np.where(surplus, -1, np.cumsum(~surplus) - 1)
-
-
-def _write_file(path: Path, screen: LookAlike, layout: _Layout, rng: np.random.Generator) -> None:
-    """Write every part of the file and read the counts back."""
-    import h5py
-    from anndata.io import write_elem
-
-    shape = (len(layout.row), len(layout.column))
-    with h5py.File(path, "w") as file:
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        counts = file.create_dataset("X", shape, np.float32)
-        counts.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        umis = np.empty(shape[0])
-        for rows in _row_blocks(shape[0]):
-            block = _file_block(screen, layout, rows, rng)
-            counts[rows] = block
-            umis[rows] = block.sum(1)
-        write_elem(file, "obs", _cell_frame(layout, umis, rng))
-        write_elem(file, "var", _gene_frame(screen.genes, layout.column))
-        write_elem(file, "uns", {"simulated": dict(screen.origin)})
-    with h5py.File(path, "r") as file:
-        _check_written(file["X"], umis, path)
-
-
-def _row_blocks(n_rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + _BLOCK, n_rows)) for start in range(0, n_rows, _BLOCK))
-
-
-def _check_written(counts: h5py.Dataset, umis: Float[np.ndarray, " row"], path: Path) -> None:
-    for rows in _row_blocks(len(umis)):
-        if not np.array_equal(counts[rows].sum(1, dtype=float), umis[rows]):
-            raise OSError(f"{path.name} does not read back as written; is the disk sound?")
-
-
-def _file_block(
-    screen: LookAlike, layout: _Layout, rows: slice, rng: np.random.Generator
-) -> Float[np.ndarray, "row column"]:
-    """Return some rows of the file: the screen's counts, and draws for the surplus."""
-    row, ours = layout.row[rows], layout.column >= 0
-    counts = np.empty((len(row), len(layout.column)), np.float32)
-    own = screen.cells.counts.numpy()[row]
-    strangers = row < 0
-    own[strangers] = _draw_strangers(screen, layout.batch[rows][strangers], rng)
-    counts[:, ours] = own
-    if layout.surplus is not None:
-        share = layout.surplus.mean / screen.template.mean.sum()
-        mean = own.sum(1, keepdims=True) * share
-        counts[:, ~ours] = _negative_binomial(rng, mean, 1 / layout.surplus.dispersion)
-    return counts
-
-
-def _draw_strangers(
-    screen: LookAlike, batch: Int[np.ndarray, " cell"], rng: np.random.Generator
-) -> Int[np.ndarray, "cell gene"]:
-    """Draw the screen's genes in cells whose targets have no effect."""
-    z = torch.from_numpy(rng.standard_normal((len(batch), screen.z.shape[1])))
-    logits = screen.decoder.logits(z).numpy() + screen.batch_effect.numpy()[batch]
-    exposure = rng.choice(screen.template.library, size=len(batch))
-    return _draw_block(rng, logits, exposure, screen.decoder.theta.numpy())
-
-
-def _labels(screen: LookAlike) -> Shaped[np.ndarray, " cell"]:
-    return np.array(screen.design.conditions)[screen.cells.condition.numpy()]
-
-
-def _cell_names(row: Int[np.ndarray, " row"]) -> pd.Index:
-    """Name cells by their number in the screen; surplus ones by their place in the file."""
-    import pandas as pd
-
-    names = [f"cell-{n:07d}" if n >= 0 else f"surplus-{at:07d}" for at, n in enumerate(row)]
-    return pd.Index(names, name="cell_barcode")
-
-
-def _cell_frame(
-    layout: _Layout, umis: Float[np.ndarray, " row"], rng: np.random.Generator
-) -> pd.DataFrame:
-    import pandas as pd
-
-    guides = [f"{target}_A|{target}_B" for target in layout.target]
-    columns = {
-        "gem_group": layout.batch + 1,
-        "gene": pd.Categorical(layout.target),
-        "sgID_AB": pd.Categorical(guides),
-        "mitopercent": rng.beta(5.0, 45.0, size=len(umis)),  # about a tenth, and no more to it
-        "UMI_count": umis,
-    }
-    return pd.DataFrame(columns, index=_cell_names(layout.row))
-
-
-def _gene_frame(
-    genes: Sequence[str], column: Int[np.ndarray, " column"] | None = None
-) -> pd.DataFrame:
-    """Name genes by id, with the symbol beside it; surplus ones by their place in the file."""
-    import pandas as pd
-
-    column = np.arange(len(genes)) if column is None else column
-    ids = pd.Index([f"SIMG{place:011d}" for place in range(len(column))], name="gene_id")
-    names = [genes[n] if n >= 0 else f"U{place:05d}" for place, n in enumerate(column)]
-    return pd.DataFrame({"gene_name": names}, index=ids)

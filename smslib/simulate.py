@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, Poisson
 from torch.nn.functional import leaky_relu
 
-from smslib.data import Cells, Design, seeded
+from smslib.data import Cells, Design, seeded, single, streams
 from smslib.lookalike import screen_like
 
 __all__ = [
@@ -294,21 +294,21 @@ def sparse_shift(
     groups = _check_groups(mechanism or Mechanism(), held_out, n_targets, n_latent)
     replace = as_released if with_replacement is None else with_replacement
     graph, shift = _draw_groups(seed, groups, (n_targets, n_latent), replace=replace)
-    streams = _streams(seed)
+    rngs = streams(seed, STREAMS)
     condition = np.repeat(np.arange(1, n_targets + 1), n_cells_per_condition)
-    z = shift[condition] + streams["latent"].standard_normal((len(condition), n_latent))
-    weights = _draw_weights(streams["decoder"], (n_latent, *[N_HIDDEN] * 3, n_genes))
+    z = shift[condition] + rngs["latent"].standard_normal((len(condition), n_latent))
+    weights = _draw_weights(rngs["decoder"], (n_latent, *[N_HIDDEN] * 3, n_genes))
     if normaliser == "cells":
         decoder = _released_decoder(weights, z)
     else:
-        decoder = _written_decoder(weights, shift[1:], streams["reference"])
-    counts = streams["count"].poisson(decoder.log_rate(torch.from_numpy(z)).exp().numpy())
-    order = streams["order"].permutation(len(condition))
+        decoder = _written_decoder(weights, shift[1:], rngs["reference"])
+    counts = rngs["count"].poisson(decoder.log_rate(torch.from_numpy(z)).exp().numpy())
+    order = rngs["order"].permutation(len(condition))
     return Screen(
-        cells=Cells(_float32(counts[order]), torch.from_numpy(condition[order])),
+        cells=Cells(single(counts[order]), torch.from_numpy(condition[order])),
         design=Design.single_target([str(target) for target in range(n_targets)]),
-        z=_float32(z[order]),
-        shift=_float32(shift),
+        z=single(z[order]),
+        shift=single(shift),
         graph=torch.from_numpy(graph),
         decoder=decoder,
     )
@@ -383,13 +383,13 @@ def linear_gaussian(
     Screen
         Everything in float64; see `exact_log_prob` and `exact_posterior`.
     """
-    streams = _streams(seed)
+    rngs = streams(seed, STREAMS)
     everything = [(slice(None), Mechanism())]
     graph, shift = _draw_groups(seed, everything, (n_targets, n_latent), replace=False)
-    loadings = torch.from_numpy(streams["decoder"].standard_normal((n_latent, n_genes)))
+    loadings = torch.from_numpy(rngs["decoder"].standard_normal((n_latent, n_genes)))
     condition = np.arange(n_cells) % (n_targets + 1)
-    z = torch.from_numpy(shift[condition] + streams["latent"].standard_normal((n_cells, n_latent)))
-    error = torch.from_numpy(noise * streams["count"].standard_normal((n_cells, n_genes)))
+    z = torch.from_numpy(shift[condition] + rngs["latent"].standard_normal((n_cells, n_latent)))
+    error = torch.from_numpy(noise * rngs["count"].standard_normal((n_cells, n_genes)))
     return Screen(
         cells=Cells(z @ loadings + error, torch.from_numpy(condition)),
         design=Design.single_target([str(target) for target in range(n_targets)]),
@@ -578,12 +578,6 @@ def _check_groups(
     return [(slice(first), mechanism), (slice(first, None), other)]
 
 
-def _streams(seed: int) -> dict[str, np.random.Generator]:
-    children = np.random.SeedSequence(seed).spawn(len(STREAMS))
-    generators = (np.random.default_rng(child) for child in children)
-    return dict(zip(STREAMS, generators, strict=True))
-
-
 def _draw_groups(
     seed: int,
     groups: Sequence[tuple[slice, Mechanism]],
@@ -594,10 +588,10 @@ def _draw_groups(
     """Draw graph and shifts of every group of targets, each as if all were of that group."""
     graphs, shifts = [], []
     for rows, mechanism in groups:
-        streams = _streams(seed)
-        graph = _draw_graph(streams["graph"], shape, mechanism, replace=replace)
+        rngs = streams(seed, STREAMS)
+        graph = _draw_graph(rngs["graph"], shape, mechanism, replace=replace)
         graphs.append(graph[rows])
-        shifts.append((graph * _draw_sizes(streams["shift"], shape, mechanism))[rows])
+        shifts.append((graph * _draw_sizes(rngs["shift"], shape, mechanism))[rows])
     return np.vstack(graphs), np.vstack([np.zeros(shape[1]), *shifts])
 
 
@@ -667,10 +661,6 @@ def _written_decoder(
     reference = torch.from_numpy(centre + rng.standard_normal(centre.shape))
     raw = CountDecoder(weights, 1.0, 0.0).logits(reference)
     return CountDecoder(weights, float(raw.std(correction=0)), float(np.log(1e5)))
-
-
-def _float32(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.float32))
 
 
 def _oracle_of(screen: Screen, cells: Cells, n_draws: int, n_starts: int) -> Oracle:

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
-from smslib.data import Cells, Design, from_anndata, minibatches, seeded, split_cells
+from smslib.data import (
+    Cells,
+    Design,
+    from_anndata,
+    minibatches,
+    seeded,
+    single,
+    split_cells,
+    streams,
+)
 
 COUNTS = np.array([[0, 2, 1], [3, 0, 0], [0, 0, 5], [1, 1, 1]])
 LABELS = ("ctrl", "KLF1", "KLF1+MYC", "ctrl")
@@ -313,3 +322,21 @@ def test_seeded_gives_the_same_draws_and_restores_the_global_state():
     with seeded(4):
         assert not torch.equal(torch.rand(4), first)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_streams_do_not_depend_on_each_other_or_on_later_ones():
+    drawn = streams(3, ("a", "b"))
+    assert list(drawn) == ["a", "b"]
+    first, second = (rng.random(4).tolist() for rng in drawn.values())
+    assert first != second
+    more = streams(3, ("a", "b", "c"))
+    assert more["b"].random(4).tolist() == second  # although nothing was drawn from "a"
+    child = np.random.SeedSequence(3).spawn(1)[0]
+    assert np.random.default_rng(child).random(4).tolist() == first
+    assert streams(4, ("a",))["a"].random(4).tolist() != first
+
+
+def test_single_keeps_the_values_of_counts():
+    counts = np.arange(6).reshape(2, 3)
+    assert single(counts).dtype == torch.float32
+    assert single(counts).tolist() == counts.tolist()

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "sweep": set(CHAIN[: CHAIN.index("sweep")]) | {"store"},
     "simulate": {"data", "distributions", "lookalike"},
     "lookalike": {"data", "perturbseq"},
+    "lookalike_file": {"data", "lookalike"},
     "sources": set(),
     "streaming": {"data"},
     "prepare": {"data", "perturbseq", "sources", "streaming"},

@@ -2,13 +2,10 @@
 
 import hashlib
 import inspect
-import json
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,9 +15,9 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 from sklearn.linear_model import Ridge
 
-from smslib import lookalike, perturbseq, prepare, simulate
-from smslib.data import from_anndata
-from smslib.lookalike import Effects, Template, screen_like, template_of, to_anndata, write
+from smslib import lookalike, perturbseq, simulate
+from smslib.data import streams
+from smslib.lookalike import Effects, Template, screen_like, template_of
 
 SMALL = {"n_targets": 60, "n_cells": 3_000, "n_genes": 120, "n_latent": 8}
 
@@ -142,7 +139,7 @@ def test_counts_are_negative_binomial_given_latents_and_exposure():
     """Poisson at a fixed rate is excluded, NB with the decoder's theta is not."""
     rng = np.random.default_rng(0)
     theta, mean = np.array([0.7, 5.0]), np.array([[3.0, 40.0]])
-    drawn = lookalike._negative_binomial(rng, np.repeat(mean, 20_000, 0), theta)
+    drawn = lookalike.negative_binomial(rng, np.repeat(mean, 20_000, 0), theta)
     for gene in range(2):
         law = stats.nbinom(theta[gene], theta[gene] / (theta[gene] + mean[0, gene]))
         edges = np.unique(law.ppf(np.linspace(0, 1, 12)[1:-1]))
@@ -152,13 +149,13 @@ def test_counts_are_negative_binomial_given_latents_and_exposure():
 
 
 def test_another_number_of_genes_takes_the_templates_by_rank():
-    many = lookalike._resized(TEMPLATE, 1_200, np.random.default_rng(0))
+    many = TEMPLATE.resized(1_200, np.random.default_rng(0))
     assert np.sort(many.mean) == pytest.approx(np.repeat(np.sort(TEMPLATE.mean), 10))
     assert many.library.mean() / many.mean.sum() == pytest.approx(1.0)
-    few = lookalike._resized(TEMPLATE, 12, np.random.default_rng(0))
+    few = TEMPLATE.resized(12, np.random.default_rng(0))
     assert set(few.mean) < set(TEMPLATE.mean)
     assert np.median(few.mean) == pytest.approx(np.median(TEMPLATE.mean), rel=0.1)
-    assert lookalike._resized(TEMPLATE, 120, np.random.default_rng(0)) is TEMPLATE
+    assert TEMPLATE.resized(120, np.random.default_rng(0)) is TEMPLATE
 
 
 def test_a_template_is_measured_in_the_controls_only():
@@ -254,8 +251,8 @@ def test_kinds_of_targets_occur_in_their_shares():
     assert weak.mean() == pytest.approx(0.3, abs=0.01)
     assert (strength[weak].min(), strength[weak].max()) == pytest.approx((0.1, 0.3), abs=0.01)
     member = np.zeros(2_000, int)
-    streams = lookalike._streams(0)
-    shift, _ = lookalike._draw_shifts(streams, member, 50, replace(effects, null=0.0, weak=0.0))
+    rngs = streams(0, lookalike.STREAMS)
+    shift, _ = lookalike._draw_shifts(rngs, member, 50, replace(effects, null=0.0, weak=0.0))
     edges = (shift[1:] != 0).sum(1)
     assert (edges > np.median(edges)).mean() == pytest.approx(0.1, abs=0.02)
 
@@ -408,111 +405,6 @@ def test_pathways_may_be_chosen():
     assert {name: len(group) for name, group in screen.pathways.items()} == {"left": 5, "right": 7}
 
 
-# ------------------------------------------------------------------------------------- files
-
-
-def test_anndata_goes_through_the_one_door(small):
-    adata = to_anndata(small)
-    cells, design = from_anndata(adata, perturbation_key="target", control=perturbseq.CONTROL)
-    assert torch.equal(cells.counts, small.cells.counts)
-    assert torch.equal(cells.condition, small.cells.condition)
-    assert design.targets == small.design.targets
-    assert adata.X.dtype == np.uint16
-    assert "SIMULATED" in adata.uns["simulated"]["warning"]
-    assert tuple(adata.uns["pathways"]["exosome-like"]) == small.pathways["exosome-like"]
-
-
-def test_the_file_has_the_schema_of_the_real_one(small, tmp_path):
-    path = write(small, tmp_path / "like.h5ad")
-    with h5py.File(path) as file:
-        counts = file["X"]
-        assert (counts.dtype, counts.chunks, counts.compression) == (np.float32, None, None)
-    read = anndata.read_h5ad(path)
-    assert np.array_equal(read.X, small.cells.counts.numpy())
-    wanted = {"gene", "gem_group", "sgID_AB", "mitopercent", "UMI_count"}
-    assert wanted == set(read.obs)
-    assert list(read.var["gene_name"]) == list(small.genes)
-    assert read.var_names.is_unique
-    labels = np.array(small.design.conditions)[small.cells.condition.numpy()]
-    assert (read.obs["gene"].astype(str) == labels).all()
-    assert np.array_equal(read.obs["UMI_count"], read.X.sum(1))
-    assert read.obs["mitopercent"].between(0, 1).all()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_mark_says_how_to_draw_the_screen_again(small, tmp_path):
-    mark = anndata.read_h5ad(write(small, tmp_path / "like.h5ad")).uns["simulated"]
-    assert mark["warning"].startswith("SIMULATED")
-    assert mark["version"] == small.origin["version"]
-    options = json.loads(mark["options"])
-    options.pop("lists")
-    options["effects"] = Effects(**options["effects"])
-    again = screen_like(**options, template=TEMPLATE, seed=int(mark["seed"]))
-    assert torch.equal(again.cells.counts, small.cells.counts)
-
-
-def test_surplus_is_strewn_among_what_the_cut_finds_again(small, tmp_path):
-    path = write(small, tmp_path / "like.h5ad", surplus_genes=300, surplus_cells=1_000)
-    read = anndata.read_h5ad(path)
-    assert read.shape == (6_000, 420)
-    wanted = small.lists
-    genes = read.var["gene_name"].isin(wanted.genes).to_numpy()
-    cells = read.obs["gene"].isin([*wanted.targets, perturbseq.CONTROL]).to_numpy()
-    assert np.array_equal(read.X[cells][:, genes], small.cells.counts.numpy())
-    assert 0.3 < np.flatnonzero(~genes).mean() / 420 < 0.7
-    assert 0.3 < np.flatnonzero(~cells).mean() / 6_000 < 0.7
-    ratio = read.X[:, ~genes].mean() / TEMPLATE.mean.mean()
-    assert ratio == pytest.approx(1.0, abs=0.15)
-    own = read.X[~cells][:, genes]
-    z = (own.mean(0) - TEMPLATE.mean) / (own.std(0) / np.sqrt(len(own)))
-    assert np.abs(z).max() < 5
-
-
-def test_the_cut_of_the_real_file_runs_on_it_unchanged(small, tmp_path):
-    path = write(small, tmp_path / "like.h5ad", surplus_genes=50, surplus_cells=200)
-    cut = prepare.replogle(path, lists=small.lists, out=tmp_path / "cut.h5ad", controls="all")
-    read = anndata.read_h5ad(cut)
-    assert np.array_equal(read.X.toarray(), small.cells.counts.numpy())
-    assert read.uns["simulated"]["warning"] == small.origin["warning"]
-
-
-def test_writing_twice_gives_the_same_file(small, tmp_path):
-    paths = [tmp_path / name for name in ("a.h5ad", "b.h5ad")]
-    for path in paths:
-        write(small, path, surplus_genes=10, surplus_cells=20)
-    a, b = map(anndata.read_h5ad, paths)
-    assert np.array_equal(a.X, b.X)
-    pd.testing.assert_frame_equal(a.obs, b.obs)
-    pd.testing.assert_frame_equal(a.var, b.var)
-
-
-def test_a_failed_write_leaves_what_was_there(small, tmp_path, monkeypatch):
-    path = tmp_path / "like.h5ad"
-    path.write_bytes(b"precious")
-    monkeypatch.setattr(lookalike, "_file_block", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write(small, path)
-    assert path.read_bytes() == b"precious"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_that_reads_back_otherwise_is_refused(small, tmp_path):
-    path = write(small, tmp_path / "like.h5ad")
-    with h5py.File(path, "r+") as file:
-        umis = file["obs/UMI_count"][:]
-        file["X"][4_000, 7] += 1
-        with pytest.raises(OSError, match="does not read back as written"):
-            lookalike._check_written(file["X"], umis, path)
-
-
-def test_a_full_disk_is_noticed_before(small, tmp_path, monkeypatch):
-    usage = SimpleNamespace(free=1_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"needs 0\.00 GB, .* has 0\.00 GB free"):
-        write(small, tmp_path / "like.h5ad")
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---------------------------------------------------------------------------------- messages
 
 
@@ -576,9 +468,3 @@ def test_a_template_needs_controls_with_umis():
         template_of(adata)
     with pytest.raises(ValueError, match="the 0 genes with a mean of 5.0 or more"):
         template_of(adata, control="b", min_mean=5.0)
-
-
-@pytest.mark.parametrize("surplus", [{"surplus_genes": -1}, {"surplus_cells": -1}])
-def test_a_negative_surplus_is_refused(small, tmp_path, surplus):
-    with pytest.raises(ValueError, match="expected none or more"):
-        write(small, tmp_path / "like.h5ad", **surplus)
