@@ -43,6 +43,7 @@ __all__ = [
     "scores",
     "shifts",
     "show",
+    "stacked",
     "strip",
     "style",
     "trend",
@@ -691,6 +692,50 @@ def programs(
     ax.set_yticks(range(len(genes)), genes, fontsize=7)
     ax.set_xlabel("latent")
     ax.grid(visible=False)
+    return ax
+
+
+@style()
+def stacked(
+    table: Mapping[str, Mapping[str, float]], *, label: str, ax: Axes | None = None
+) -> Axes:
+    """Draw what wholes are made of: one horizontal bar each, its parts one after the other.
+
+    Parameters
+    ----------
+    table : dict of dict
+        Name of a whole, drawn from the top, to the size of each of at most seven parts, which are
+        those of the first; a part that a whole lacks is 0.
+    label : str
+        The quantity and its unit.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        Sizes along x, with a legend of the parts above.
+
+    Raises
+    ------
+    ValueError
+        If there are more parts than distinguishable colours, or parts that the first lacks.
+    """
+    ax = _axes(ax)
+    parts = list(next(iter(table.values())))
+    _check_distinguishable(len(parts), "parts")
+    unknown = sorted({part for whole in table.values() for part in whole} - set(parts))
+    if unknown:
+        raise ValueError(f"parts {unknown} are not in the first whole, which has {parts}")
+    left = np.zeros(len(table))
+    for part, key in zip(parts, _PALETTE, strict=False):
+        size = np.array([float(whole.get(part, 0.0)) for whole in table.values()])
+        ax.barh(range(len(table)), size, 0.8, left=left, color=LOOKS[key].colour, label=part)
+        left += size
+    ax.set_yticks(range(len(table)), list(table))
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.set_xlabel(label)
+    ax.grid(visible=False, axis="y")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts), fontsize=7)
     return ax
 
 

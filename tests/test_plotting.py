@@ -317,8 +317,28 @@ def test_shifts_are_white_at_zero():
     [
         (lambda many: plotting.curves(np.arange(2), many), "8 curves"),
         (lambda many: plotting.densities(many, label=""), "8 groups"),
+        (lambda many: plotting.stacked({"a": dict.fromkeys(many, 1.0)}, label=""), "8 parts"),
     ],
 )
 def test_too_many_functions_or_densities(draw, what):
     with pytest.raises(ValueError, match=what):
         draw({str(name): [0.0, 1.0] for name in range(8)})
+
+
+# ---------------------------------------------------------------- wholes and their parts
+
+
+def test_parts_stand_end_to_end():
+    table = {"first": {"kept": 3.0, "lost": 1.0}, "second": {"lost": 2.0}}
+    ax = plotting.stacked(table, label="cells")
+    bars = [[(b.get_x(), b.get_width(), b.get_y() + 0.4) for b in c] for c in ax.containers]
+    assert bars == [[(0, 3, 0), (0, 0, 1)], [(3, 1, 0), (0, 2, 1)]]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["first", "second"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first on top
+    assert legend_of(ax) == ["kept", "lost"]
+    assert ax.get_xlabel() == "cells"
+
+
+def test_a_part_that_the_first_whole_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"parts \['lost'\] are not in the first .* \['kept'\]"):
+        plotting.stacked({"a": {"kept": 1.0}, "b": {"kept": 1.0, "lost": 2.0}}, label="cells")
