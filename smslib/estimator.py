@@ -31,7 +31,7 @@ class SMS:
     ----------
     adata : AnnData
         Prepared by `setup_anndata`.
-    method : {"svae+", "svae", "ivae", "vae", "beta-vae"}
+    method : {"svae+", "svae", "ivae", "vae", "beta-vae", "cpa-vae", "sams-vae"}
     n_latent : int
     recipe : {"smslib", "corrected", "paper"}
         A key of `smslib.recipes.RECIPES`.

@@ -13,7 +13,13 @@ beta-VAE   none            open                   Higgins et al. 2017
 iVAE       point           open                   Khemakhem et al. 2020
 sVAE       point           L1 penalty             Lachapelle et al. 2022
 sVAE+      point           Beta(1, alpha)         Lopez et al. 2023
+CPA-VAE    Gaussian        open                   Bereket & Karaletsos 2023
+SAMS-VAE   Gaussian        Bernoulli(p)           Bereket & Karaletsos 2023
 =========  ==============  =====================  ============================
+
+The last two are written ``z = z_basal + D (E * M)`` with z_basal ~ N(0, I), and x depends on z
+alone: the same generative model, with a prior on the shifts and a posterior for them.
+
 """
 
 from __future__ import annotations
@@ -34,9 +40,11 @@ from smslib.distributions import Moments, gaussian_log_prob, straight_through_be
 
 __all__ = [
     "METHODS",
+    "BernoulliGate",
     "BetaGate",
     "FixedGate",
     "Gate",
+    "GaussianSlab",
     "L1Gate",
     "LogitGate",
     "NoSlab",
@@ -48,6 +56,7 @@ __all__ = [
 
 Estimator = Literal["expected", "sampled"]
 _OPEN_LOGIT = 5.0  # sigmoid(5) = .993: the graph starts full, as released
+_FIRST_SD = 0.1  # of q(shift): near a point, so that a fit starts like one without it
 
 
 class Slab(nn.Module):
@@ -58,8 +67,20 @@ class Slab(nn.Module):
         return {}
 
     def forward(self) -> Float[Tensor, "target latent"]:
-        """Return the shift, in prior standard deviations."""
+        """Return the shift, or its posterior mean, in prior standard deviations."""
         raise NotImplementedError
+
+    def variance(self) -> Float[Tensor, "target latent"]:
+        """Return the posterior variance of the shift."""
+        return torch.zeros_like(self())
+
+    def draw(self, target: Int[Tensor, "*index"]) -> Float[Tensor, "*index latent"]:
+        """Return shifts of the given targets, drawn anew for each index."""
+        return self()[target]
+
+    def penalty(self, opened: Float[Tensor, "target latent"]) -> Float[Tensor, ""]:
+        """Return what shifts are charged behind gates so probably open, nats over the screen."""
+        return torch.zeros(())
 
 
 class NoSlab(Slab):
@@ -81,9 +102,63 @@ class PointSlab(Slab):
         super().__init__()
         self.mean = nn.Parameter(torch.randn(n_targets, n_latent))
 
+    @classmethod
+    def at(cls, mean: Float[Tensor, "target latent"]) -> PointSlab:
+        """Return shifts that start at the given values."""
+        slab = cls(*mean.shape)
+        slab.mean = nn.Parameter(mean.detach().clone())
+        return slab
+
     def forward(self) -> Float[Tensor, "target latent"]:
         """Return the shifts."""
         return self.mean
+
+
+class GaussianSlab(PointSlab):
+    r"""Shifts with a prior N(0, scale²) and a posterior N(mean, v) behind open gates.
+
+    Behind a shut gate nothing is known of a shift, and its posterior is the prior: the divergence
+    counts with the probability of an open gate, and the moments of the product are those of
+    :class:`ShiftPrior`. The authors' mean-field guide has one posterior for both cases, which is
+    a looser bound.
+
+    Parameters
+    ----------
+    scale : float
+        Prior standard deviation of a shift, in prior standard deviations of a latent.
+
+    Raises
+    ------
+    ValueError
+        If the scale is not positive.
+    """
+
+    def __init__(self, n_targets: int, n_latent: int, *, scale: float = 1.0) -> None:
+        super().__init__(n_targets, n_latent)
+        if not scale > 0:
+            raise ValueError(f"scale is {scale}; expected a positive standard deviation")
+        self.scale = scale
+        start = torch.full((n_targets, n_latent), 2.0 * math.log(_FIRST_SD))
+        self.log_variance = nn.Parameter(start)
+
+    def options(self) -> dict[str, float | str]:
+        """Return the scale."""
+        return {"scale": self.scale}
+
+    def variance(self) -> Float[Tensor, "target latent"]:
+        """Return the posterior variance of the shift."""
+        return self.log_variance.exp()
+
+    def draw(self, target: Int[Tensor, "*index"]) -> Float[Tensor, "*index latent"]:
+        """Return reparameterised shifts, drawn anew for each index."""
+        mean = self.mean[target]
+        return mean + (0.5 * self.log_variance[target]).exp() * torch.randn_like(mean)
+
+    def penalty(self, opened: Float[Tensor, "target latent"]) -> Float[Tensor, ""]:
+        """Return KL(N(mean, v) || N(0, scale²)) weighted by the gates, nats over the screen."""
+        relative = (self.mean.square() + self.variance()) / self.scale**2
+        kl = 0.5 * (relative - 1.0 - self.log_variance) + math.log(self.scale)
+        return (opened * kl).sum()
 
 
 class Gate(nn.Module):
@@ -243,6 +318,37 @@ class BetaGate(LogitGate):
         return on + (1 - pi) * (functional.logsigmoid(-self.logit) - log_off)
 
 
+class BernoulliGate(BetaGate):
+    """Gates with a given prior probability p: SAMS-VAE.
+
+    It is what `BetaGate` is with its weight integrated out, at alpha = (1 - p) / p: SAMS-VAE and
+    an sVAE+ whose hyperprior is treated exactly have the same gates.
+
+    Parameters
+    ----------
+    p : float
+        Prior probability that a gate is open.
+
+    Raises
+    ------
+    ValueError
+        If p is not between 0 and 1.
+    """
+
+    def __init__(
+        self, n_targets: int, n_latent: int, *, p: float, logit: float = _OPEN_LOGIT
+    ) -> None:
+        if not 0.0 < p < 1.0:
+            raise ValueError(f"p is {p}; expected a probability between 0 and 1")
+        alpha = (1.0 - p) / p
+        super().__init__(n_targets, n_latent, alpha=alpha, weight="collapsed", logit=logit)
+        self.p = p
+
+    def options(self) -> dict[str, float | str]:
+        """Return p."""
+        return {"p": self.p}
+
+
 class ShiftPrior(nn.Module):
     """p(z | c) = N(s(c), I): the only place where a model learns what was done to a cell.
 
@@ -273,7 +379,7 @@ class ShiftPrior(nn.Module):
     def forward(self) -> Moments:
         """Return mean and variance of every condition's shift, (n_conditions, n_latent) each."""
         slab, gate = self.slab(), self.gate()
-        spread = slab.square() * (gate - gate.square())
+        spread = slab.square() * (gate - gate.square()) + gate * self.slab.variance()
         return Moments(self.dose @ (gate * slab), self.dose.square() @ spread)
 
     def of(self, condition: Int[Tensor, " cell"], estimator: Estimator) -> Moments:
@@ -281,12 +387,13 @@ class ShiftPrior(nn.Module):
         if estimator == "expected":
             return self().at(condition)
         target, dose = self.slot_target[condition], self.slot_dose[condition]
-        effect = self.gate.draw(target) * self.slab()[target]
+        effect = self.gate.draw(target) * self.slab.draw(target)
+
         drawn = (dose.unsqueeze(-1) * effect).sum(1)
         return Moments(drawn, torch.zeros_like(drawn))
 
     def mode(self, *, threshold: float = 0.5) -> Float[Tensor, "condition latent"]:
-        """Return every condition's shift with each gate either open or shut."""
+        """Return every condition's shift, each gate either open or shut, each slab at its mean."""
         return self.dose @ (self.graph(threshold=threshold) * self.slab())
 
     def log_prob(
@@ -297,7 +404,7 @@ class ShiftPrior(nn.Module):
 
     def penalty(self) -> Float[Tensor, ""]:
         """Return everything that is charged once per screen, nats."""
-        return self.gate.penalty().to(self.dose)
+        return self.gate.penalty().to(self.dose) + self.slab.penalty(self.gate()).to(self.dose)
 
     def graph(self, *, threshold: float = 0.5) -> Bool[Tensor, "target latent"]:
         """Return the estimated mechanism graph: edges more probable than ``threshold``."""
@@ -337,17 +444,30 @@ def _svae_plus(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[S
     return PointSlab(n_targets, n_latent), BetaGate(n_targets, n_latent, alpha=alpha)
 
 
+def _cpa_vae(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
+    _refuse_sparsity(sparsity)
+    return GaussianSlab(n_targets, n_latent), OpenGate(n_targets, n_latent)
+
+
+def _sams_vae(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
+    p = 0.01 if sparsity is None else sparsity
+    return GaussianSlab(n_targets, n_latent), BernoulliGate(n_targets, n_latent, p=p)
+
+
 def _refuse_sparsity(sparsity: float | None) -> None:
     if sparsity is not None:
         raise ValueError(
             f"sparsity is {sparsity}, but this method has no sparse gates; leave it out or use "
-            "'svae' or 'svae+'"
+            "'svae', 'svae+' or 'sams-vae'"
         )
 
 
-SLABS = MappingProxyType({kind.__name__: kind for kind in (NoSlab, PointSlab)})
+SLABS = MappingProxyType({kind.__name__: kind for kind in (NoSlab, PointSlab, GaussianSlab)})
 GATES = MappingProxyType(
-    {kind.__name__: kind for kind in (OpenGate, FixedGate, LogitGate, L1Gate, BetaGate)}
+    {
+        kind.__name__: kind
+        for kind in (OpenGate, FixedGate, LogitGate, L1Gate, BetaGate, BernoulliGate)
+    }
 )
 # From a method's name to its slab and gate, given the number of targets and latents and the
 # sparsity (None for the method's own).
@@ -358,5 +478,7 @@ METHODS: Mapping[str, Callable[[int, int, float | None], tuple[Slab, Gate]]] = M
         "ivae": _ivae,
         "svae": _svae,
         "svae+": _svae_plus,
+        "cpa-vae": _cpa_vae,
+        "sams-vae": _sams_vae,
     }
 )

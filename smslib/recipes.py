@@ -160,7 +160,7 @@ def build(
     cells : Cells
         The training cells: the strength of the sparsity depends on how many there are.
     design : Design
-    method : {"vae", "beta-vae", "ivae", "svae", "svae+"}
+    method : {"vae", "beta-vae", "ivae", "svae", "svae+", "cpa-vae", "sams-vae"}
     recipe : {"paper", "corrected", "smslib"} or Recipe
     changes : sequence of str
         Keys of `CHANGES`, made to the recipe in this order.
@@ -169,6 +169,7 @@ def build(
         alpha of sVAE+. Of sVAE: lambda of ``lambda * mean(gate)`` in a loss per cell where the
         recipe's sparsity is "grid", nats per open gate where it is "cells". The default of
         "cells" puts the smallest shift that keeps its edge at 1.34 prior standard deviations.
+        Of SAMS-VAE: the prior probability of an edge, .01 by default.
     beta : float, optional
         Of beta-VAE; 10 by default.
     seed : int

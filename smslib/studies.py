@@ -35,8 +35,8 @@ def _runs(
 def _both(methods: Sequence[str], *, n_seeds: int, **data: object) -> list[dict[str, Any]]:
     """Return the runs of our recipe and of its controls, of the released and the corrected arm."""
     return chain(
-        _runs("smslib", methods, range(n_seeds), **data),        _runs("smslib", _CHEAP, range(n_seeds), **data),
-
+        _runs("smslib", methods, range(n_seeds), **data),
+        _runs("smslib", _CHEAP, range(n_seeds), **data),
         _runs("released", methods, range(n_seeds), **data),
         _runs("corrected", methods, range(n_seeds), **data),
     )
@@ -140,6 +140,14 @@ def _figure4() -> Study:
     return {f"alpha{a}": _both(("svae+",), n_seeds=5, sparsity=float(a)) for a in strengths}
 
 
+def _descendants() -> Study:
+    """Two later methods beside those of Table 1; SAMS-VAE at three prior probabilities."""
+    study = {"": _runs("smslib", ("sams-vae", "svae+", "cpa-vae", "ivae"), range(3))}
+    for p in (0.1, 0.001):
+        study[f"p{p}"] = _runs("smslib", ("sams-vae",), range(3), sparsity=p)
+    return study
+
+
 def _waterfall() -> Study:
     """Go from the released procedure to ours by one change at a time.
 
@@ -215,6 +223,7 @@ STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
         "table10": _table10,
         "figure4": _figure4,
         "cells": _cells,
+        "descendants": _descendants,
         "selection": _selection,
         "waterfall": _waterfall,
     }

@@ -22,10 +22,12 @@ from smslib.priors import (
     BetaGate,
     FixedGate,
     Gate,
+    GaussianSlab,
     L1Gate,
     LogitGate,
     NoSlab,
     OpenGate,
+    PointSlab,
     ShiftPrior,
 )
 from smslib.train import TrainConfig, fit
@@ -42,8 +44,14 @@ _NO_NATS = 1e-12  # of evidence: too little to divide by
 
 
 def binarise(model: SMSVAE, *, threshold: float = 0.5) -> SMSVAE:
-    """Return a copy whose gates are fixed, open where more probable than ``threshold``."""
+    """Return a copy whose gates are fixed, open where more probable than ``threshold``.
+
+    A slab with a posterior becomes the point at its mean.
+    """
     fixed = copy.deepcopy(model)
+    if isinstance(fixed.prior.slab, GaussianSlab):
+        fixed.prior.slab = PointSlab.at(fixed.prior.slab())
+
     fixed.prior.gate = FixedGate.at(model.prior.graph(threshold=threshold).to(model.prior.dose))
     fixed.estimator = "expected"
     return fixed

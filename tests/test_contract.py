@@ -167,7 +167,7 @@ def test_names_of_conditions_and_targets_do_not_matter(method, newton):
     moved = Cells(cells.counts, torch.argsort(rows)[cells.condition])
     model, other = (make_model(method, design=d, newton=newton) for d in (DESIGN, design))
     per_target = {"prior.slab.mean", "prior.slab.zero", "prior.gate.logit"}
-    per_target |= {"prior.gate.probability"}
+    per_target |= {"prior.slab.log_variance", "prior.gate.probability"}
     state = model.state_dict()
     other.load_state_dict(
         {name: value[columns] if name in per_target else value for name, value in state.items()}

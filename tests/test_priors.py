@@ -17,8 +17,10 @@ from smslib.priors import (
     GATES,
     METHODS,
     SLABS,
+    BernoulliGate,
     BetaGate,
     FixedGate,
+    GaussianSlab,
     L1Gate,
     LogitGate,
     NoSlab,
@@ -204,11 +206,13 @@ def test_fixed_gates_are_a_copy():
     [
         NoSlab(3, 2),
         PointSlab(3, 2),
+        GaussianSlab(3, 2, scale=2.5),
         OpenGate(3, 2),
         FixedGate(3, 2),
         LogitGate(3, 2),
         L1Gate(3, 2, strength=4.0),
         BetaGate(3, 2, alpha=7.0, weight="collapsed"),
+        BernoulliGate(3, 2, p=0.03),
     ],
     ids=lambda part: type(part).__name__,
 )
@@ -220,6 +224,83 @@ def test_parts_are_rebuilt_from_their_name_and_options(part):
     assert again.options() == part.options()
     if type(part).__name__ in GATES:
         torch.testing.assert_close(again.penalty(), part.penalty())
+
+
+@given(logits, st.floats(0.001, 0.9))
+@settings(deadline=None, max_examples=50)
+def test_a_bernoulli_gate_is_charged_its_divergence_from_the_prior(logit, p):
+    gate = BernoulliGate(1, 1, p=p, logit=logit).double()
+    pi = sigmoid(gate.logit.item())
+    expected = stats.entropy([pi, 1 - pi], [p, 1 - p])
+    assert gate.penalty().item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, -0.5])
+def test_a_bernoulli_gate_refuses_a_prior_that_decides(p):
+    with pytest.raises(ValueError, match=f"p is {p}; expected a probability between 0 and 1"):
+        BernoulliGate(1, 1, p=p)
+
+
+# ------------------------------------------------------------------------------------ slabs
+
+
+def gaussian(*, scale=1.0):
+    slab = GaussianSlab(3, 2, scale=scale).double()
+    with torch.no_grad():
+        slab.mean.copy_(SLAB)
+        slab.log_variance.copy_(torch.tensor([[0.1, -2.0], [-0.5, 0.4], [-1.0, -3.0]]))
+    return slab
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_a_gaussian_slab_is_charged_its_divergence_behind_open_gates(scale):
+    slab, opened = gaussian(scale=scale), LOGIT.sigmoid()
+    kl = kl_divergence(Normal(slab(), slab.variance().sqrt()), Normal(0.0, scale))
+    torch.testing.assert_close(slab.penalty(opened), (opened * kl).sum(), rtol=1e-6, atol=0)
+    assert slab.penalty(torch.zeros_like(opened)) == 0
+
+
+def test_points_are_charged_nothing():
+    for slab in (NoSlab(3, 2), PointSlab(3, 2)):
+        assert slab.penalty(torch.ones(3, 2)) == 0
+        assert slab.variance().eq(0).all()
+
+
+def test_moments_of_gaussian_shifts_are_those_of_draws():
+    gate = LogitGate(3, 2).double()
+    prior = ShiftPrior(COMBINED, gaussian(), gate)
+    n_draws = 40_000
+    with torch.no_grad(), seeded(0):
+        gate.logit.copy_(LOGIT)
+        drawn = prior.of(torch.arange(4).repeat(n_draws), "sampled").mean.reshape(n_draws, 4, 2)
+        expected = prior()
+    error = drawn.std(0) / n_draws**0.5
+    assert ((drawn.mean(0) - expected.mean).abs() <= 4 * error + 1e-12).all()
+    squares = (drawn - expected.mean).square()
+    error = squares.std(0) / n_draws**0.5
+    assert ((squares.mean(0) - expected.variance).abs() <= 4 * error + 1e-12).all()
+    assert expected.variance[1:].gt(0).all()
+
+
+def test_the_penalty_of_a_prior_is_that_of_slab_and_gate():
+    gate = BernoulliGate(3, 2, p=0.1).double()
+    prior = ShiftPrior(COMBINED, gaussian(), gate)
+    expected = gate.penalty() + prior.slab.penalty(gate())
+    torch.testing.assert_close(prior.penalty(), expected)
+    assert expected > gate.penalty()
+
+
+def test_a_point_slab_starts_where_it_is_told_and_is_a_copy():
+    mean = torch.tensor([[1.0, 2.0]])
+    slab = PointSlab.at(mean)
+    mean.fill_(9.0)
+    assert slab().tolist() == [[1.0, 2.0]]
+    assert slab.mean.requires_grad
+
+
+def test_a_gaussian_slab_refuses_a_scale_that_is_none():
+    with pytest.raises(ValueError, match="scale is 0.0; expected a positive standard deviation"):
+        GaussianSlab(1, 1, scale=0.0)
 
 
 # ------------------------------------------------------------------------------------ prior
@@ -347,6 +428,8 @@ def test_the_design_comes_back_and_is_no_alias():
         ("ivae", PointSlab, OpenGate),
         ("svae", PointSlab, L1Gate),
         ("svae+", PointSlab, BetaGate),
+        ("cpa-vae", GaussianSlab, OpenGate),
+        ("sams-vae", GaussianSlab, BernoulliGate),
     ],
 )
 def test_every_method_is_its_cell_of_the_table(method, slab, gate):
@@ -358,9 +441,10 @@ def test_svae_plus_takes_the_number_of_targets_for_alpha():
     assert METHODS["svae+"](37, 2, None)[1].alpha == 37.0
     assert METHODS["svae+"](37, 2, 5.0)[1].alpha == 5.0
     assert METHODS["svae"](37, 2, 5.0)[1].strength == 5.0
+    assert METHODS["sams-vae"](37, 2, 0.2)[1].p == 0.2
 
 
-@pytest.mark.parametrize("method", ["vae", "beta-vae", "ivae"])
+@pytest.mark.parametrize("method", ["vae", "beta-vae", "ivae", "cpa-vae"])
 def test_methods_without_gates_refuse_a_sparsity(method):
     with pytest.raises(ValueError, match=r"sparsity is 3.0, but this method has no sparse gates"):
         METHODS[method](4, 2, 3.0)

@@ -15,7 +15,7 @@ from smslib.data import Cells, Design, split_cells
 from smslib.distributions import kl_to_shifted_normal
 from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
-from smslib.priors import BetaGate, L1Gate
+from smslib.priors import BetaGate, L1Gate, PointSlab
 from smslib.train import TrainConfig, fit
 from smslib.transfer import adapt, binarise, extend, protocol
 
@@ -63,6 +63,14 @@ def test_binarised_gates_are_the_graph_and_the_original_is_untouched():
     assert torch.equal(fixed.prior.gate(), by_hand)
     assert same(before, model.state_dict())
     assert same(networks(model), networks(fixed))
+
+
+def test_a_binarised_slab_is_a_point_at_its_mean():
+    model = make_model("sams-vae")
+    fixed = binarise(model)
+    assert type(fixed.prior.slab) is PointSlab
+    torch.testing.assert_close(fixed.prior.mode(), model.prior.mode())
+    assert fixed.prior().variance.eq(0).all()
 
 
 def test_binarised_model_charges_nothing_and_has_certain_shifts():
