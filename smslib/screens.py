@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 
-from smslib import metrics, perturbseq, recipes, store, sweep
+from smslib import controls, metrics, perturbseq, recipes, store, sweep
 from smslib.data import Cells, Design, from_anndata, split_cells
 from smslib.evaluate import iwelbo, latents
 from smslib.model import SMSVAE
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 __all__ = [
     "PATHWAY",
     "REPLICATES",
+    "Fitted",
     "build",
+    "fit_labels",
     "fit_screen",
     "gates",
     "leave_out",
@@ -179,9 +181,14 @@ def nulls() -> tuple[str, ...]:
 
 
 def shuffle_labels(cells: Cells, *, seed: int) -> Cells:
-    """Return the cells with their conditions permuted, so that no condition has an effect."""
+    """Return the cells with their conditions permuted, so that no condition has an effect.
+
+    As `smslib.controls.shuffle_labels`, in the order of torch's generator, which the stored runs
+    were dealt in.
+    """
     order = torch.randperm(len(cells), generator=torch.Generator().manual_seed(seed))
-    return Cells(cells.counts, cells.condition[order])
+    dealt = controls.shuffle_labels(cells.condition.cpu(), order=order)
+    return Cells(cells.counts, torch.from_numpy(dealt).to(cells.device))
 
 
 def shifts(model: SMSVAE) -> Float[np.ndarray, "target latent"]:
@@ -320,13 +327,63 @@ def transfer_scores(
 # -------------------------------------------------------------------------------- the study
 
 
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A model of the real screen, and what it was fitted to.
+
+    Parameters
+    ----------
+    model : SMSVAE
+    cells : Cells
+        With the labels of the fit, shuffled ones perhaps.
+    design : Design
+    genes : tuple of str, length n_genes
+    replicate_r : array, (n_latent,)
+        `replicate_correlation` among the controls.
+    validation_elbo : float
+        Nats per cell, of the weights that were kept.
+    """
+
+    model: SMSVAE
+    cells: Cells
+    design: Design
+    genes: tuple[str, ...]
+    replicate_r: Float[np.ndarray, " latent"]
+    validation_elbo: float
+
+
+def fit_labels(config: Config) -> Fitted:
+    """Fit the real screen with its true labels or with shuffled ones.
+
+    Parameters
+    ----------
+    config : dict
+        ``labels`` ("true" or "shuffled"), ``replicates``, ``seed``, ``epochs``.
+    """
+    adata, _ = prepare(replicates=config["replicates"])
+    cells, design = from_anndata(adata, perturbation_key="target", control=perturbseq.CONTROL)
+    if config["labels"] == "shuffled":
+        cells = shuffle_labels(cells, seed=config["seed"])
+    model, history = fit_screen(cells, design, seed=config["seed"], epochs=config["epochs"])
+    control = cells.condition.numpy() == 0
+    replicate = adata.obs["replicate"].to_numpy()[control]
+    return Fitted(
+        model=model,
+        cells=cells,
+        design=design,
+        genes=tuple(adata.var_names),
+        replicate_r=replicate_correlation(latents(model, cells)[control], replicate),
+        validation_elbo=history.rows[history.best_epoch]["validation_elbo"],
+    )
+
+
 def gates(config: Config) -> dict[str, Any]:
     """Fit the screen and return its gates.
 
     Parameters
     ----------
     config : dict
-        ``labels`` ("true" or "shuffled"), ``replicates``, ``seed``, ``epochs``.
+        As of `fit_labels`.
 
     Returns
     -------
@@ -335,20 +392,14 @@ def gates(config: Config) -> dict[str, Any]:
         zero where the gate is shut), row by row; ``replicate_r`` of each latent among controls;
         ``validation_elbo`` (nats per cell).
     """
-    adata, _ = prepare(replicates=config["replicates"])
-    cells, design = from_anndata(adata, perturbation_key="target", control=perturbseq.CONTROL)
-    if config["labels"] == "shuffled":
-        cells = shuffle_labels(cells, seed=config["seed"])
-    model, history = fit_screen(cells, design, seed=config["seed"], epochs=config["epochs"])
-    control = cells.condition.numpy() == 0
-    codes = latents(model, cells)[control]
+    fitted = fit_labels(config)
     return {
-        "targets": design.targets,
-        "cells": torch.bincount(cells.condition)[1:].numpy(),
-        "probability": model.prior.probabilities().ravel(),
-        "shift": shifts(model).ravel(),
-        "replicate_r": replicate_correlation(codes, adata.obs["replicate"].to_numpy()[control]),
-        "validation_elbo": history.rows[history.best_epoch]["validation_elbo"],
+        "targets": fitted.design.targets,
+        "cells": torch.bincount(fitted.cells.condition)[1:].numpy(),
+        "probability": fitted.model.prior.probabilities().ravel(),
+        "shift": shifts(fitted.model).ravel(),
+        "replicate_r": fitted.replicate_r,
+        "validation_elbo": fitted.validation_elbo,
     }
 
 

@@ -50,8 +50,10 @@ MAY_IMPORT = {
     "ceilings": {"data", "metrics", "model", "simulate"},
     "benchmark": set(CHAIN) | ALONE | {"ceilings", "controls", "simulate", "studies"},
     "controls": {"metrics"},
-    "screens": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq"},
-    "programs": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq", "screens"},
+    "screens": set(CHAIN) - {"benchmark"} | ALONE | {"controls", "perturbseq"},
+    # programs_study: for its command line alone
+    "programs": {"data", "evaluate", "metrics", "model", "newton", "programs_study"},
+    "programs_study": set(CHAIN) - {"benchmark"} | ALONE | {"programs", "screens"},
     "holdouts": set(CHAIN) | ALONE | {"holdouts", "lookalike", "perturbseq", "screens"},
     "prediction": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq", "prediction", "screens"},
 }

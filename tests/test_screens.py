@@ -47,6 +47,12 @@ def test_shuffled_labels_are_a_permutation_that_leaves_the_counts():
     assert torch.equal(shuffled.condition, screens.shuffle_labels(cells, seed=0).condition)
 
 
+def test_labels_are_dealt_in_the_order_of_the_stored_runs():
+    cells = Cells(torch.ones(6, 1), torch.arange(6) % 3)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(screens.shuffle_labels(cells, seed=1).condition, cells.condition[order])
+
+
 def test_shifts_are_zero_where_the_gate_is_shut():
     model = SMSVAE.preset("svae+", Design.single_target(["a"]), 3, n_latent=2, n_hidden=4)
     with torch.no_grad():
