@@ -36,6 +36,7 @@ __all__ = [
     "CONTROLS",
     "agree",
     "by_setting",
+    "chosen",
     "graph_scores",
     "latent_scores",
     "recover",
@@ -58,6 +59,7 @@ ARMS: Mapping[str, Mapping[str, object]] = MappingProxyType(
 )
 _UNGATED = ("ivae", "cpa-vae")  # whose graph is read off the sizes of the shifts
 CONTROLS = ("pca", "lda", "regression", "oracle", "told")
+_RULES = ("udr", "validation_elbo", "mcc")  # to choose from a grid by
 _HELD_OUT = 20  # of the 100 interventions, the last 20 (released: 80-99)
 _ORACLE_CELLS = 20  # per held-out intervention; the floor is paired with the model on these
 
@@ -453,6 +455,33 @@ def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict
     return values
 
 
+def chosen(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict[str, object]:
+    """Return what each rule of selection chooses from a grid, and what that is worth.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        Of `agree`, from `smslib.sweep.collect`.
+    study : dict
+        From setting to configurations.
+
+    Returns
+    -------
+    dict
+        ``<arm>.<method>.by_<rule>.setting`` and its ``.mcc``, ``.udr`` and ``.validation_elbo``,
+        for the rules ``udr`` (the paper's), ``validation_elbo`` and ``mcc`` (which needs the
+        truth: the best in the grid). Methods with one setting alone are left out.
+    """
+    label = {sweep.run_id(c): setting for setting, configs in study.items() for c in configs}
+    values: dict[str, object] = {}
+    for (arm, method), grid in runs[runs["run_id"].isin(label)].groupby(["arm", "method"]):
+        for rule in _RULES if len(grid) > 1 else ():
+            best, key = grid.loc[grid[rule].idxmax()], f"{arm}.{method}.by_{rule}"
+            values[f"{key}.setting"] = label[best["run_id"]]
+            values |= {f"{key}.{score}": float(best[score]) for score in _RULES}
+    return values
+
+
 def _scores(group: pd.DataFrame, configs: Sequence[Config]) -> list[str]:
     """Return the columns that the task returned: numbers that no configuration sets."""
     settings = {name for config in configs for name in config}
@@ -513,17 +542,24 @@ def main(arguments: list[str] | None = None) -> int:
     # Seed by seed, so that an interrupted study knows something of every setting.
     every = sorted(sweep.chain(*study.values()), key=lambda config: config["seed"])
     wanted = [config for config in every if given.arm in (None, config["arm"])]
-    task = agree if given.experiment in AGREEMENT else recover
-    sweep.run_in_processes(task, wanted, root, given)
+    is_grid = given.experiment in AGREEMENT
+    sweep.run_in_processes(agree if is_grid else recover, wanted, root, given)
+
     sweep.conclude(
         given.experiment,
         every,
-        functools.partial(summarise, study=study),
+        functools.partial(_summarise_grid if is_grid else summarise, study=study),
         root=root,
         results=given.results,
         command=f"make bench EXPERIMENT={given.experiment}",
     )
     return 0
+
+
+def _summarise_grid(
+    runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]
+) -> dict[str, object]:
+    return summarise(runs, study) | chosen(runs, study)
 
 
 if __name__ == "__main__":

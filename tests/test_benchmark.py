@@ -4,6 +4,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -331,6 +332,24 @@ def test_an_integer_names_a_run_and_an_arm_its_runs(tmp_path):
     assert store.get("headline", root=tmp_path)["smslib.svae+.seeds"] == [3]
     benchmark.main(["table10", *options, "--arm", "released"])
     assert {key.split(".")[0] for key in store.get("table10", root=tmp_path)} == {"released"}
+
+
+def test_rules_choose_from_a_grid():
+    study = benchmark.STUDIES["selection"]()
+    grid = [
+        c for c in sweep.chain(*study.values()) if (c["arm"], c["method"]) == ("smslib", "svae+")
+    ][:3]
+    scores = [(0.2, -300.0, 0.9), (0.8, -310.0, 0.7), (0.5, -299.0, 0.6)]
+    names = ("udr", "validation_elbo", "mcc")
+    runs = [{**c, **dict(zip(names, s, strict=True))} for c, s in zip(grid, scores, strict=True)]
+    frame = pd.DataFrame(runs).assign(run_id=[sweep.run_id(config) for config in grid])
+    found = benchmark.chosen(frame, study)
+    for rule, mcc in {"udr": 0.7, "validation_elbo": 0.6, "mcc": 0.9}.items():
+        assert found[f"smslib.svae+.by_{rule}.mcc"] == mcc
+    assert found["smslib.svae+.by_mcc.setting"] == "alpha10-epochs30"
+    assert found["smslib.svae+.by_udr.setting"] == "alpha20-epochs30"
+    assert found["smslib.svae+.by_validation_elbo.setting"] == "alpha40-epochs30"
+    assert not benchmark.chosen(frame[:1], study)
 
 
 def test_an_unknown_experiment_is_refused(capsys):
