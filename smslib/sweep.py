@@ -13,10 +13,12 @@ import hashlib
 import itertools
 import json
 import operator
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -24,11 +26,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from smslib import store
 
 if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
     from types import ModuleType
 
     import pandas as pd
 
 __all__ = [
+    "OnRay",
     "add_arguments",
     "axis",
     "chain",
@@ -36,6 +40,8 @@ __all__ = [
     "conclude",
     "cost",
     "gather",
+    "gpu_workers",
+    "pin_to_device",
     "product",
     "read",
     "run",
@@ -131,6 +137,7 @@ def run(
     *,
     index: int | Iterable[int] | None = None,
     executor: SupportsSubmit | None = None,
+    pack: int = 1,
     wait: bool = True,
     retry: bool = False,
 ) -> list[Job]:
@@ -162,12 +169,20 @@ def run(
             )
 
         (To kill such a study outright, kill its process group: workers outlive their parent.)
-        On a SLURM cluster, through submitit, as one array job::
+        One worker per GPU is `gpu_workers`. On a SLURM cluster, through submitit, as one array
+        job of tasks that do twenty runs each::
 
             executor = submitit.AutoExecutor(folder="slurm")
-            executor.update_parameters(slurm_partition="gpu", timeout_min=60)
+            executor.update_parameters(slurm_partition="gpu", timeout_min=120)
             with executor.batch():
-                sweep.run(task, study, root, executor=executor, wait=False)
+                sweep.run(task, study, root, executor=executor, pack=20, wait=False)
+
+        Of dask take ``client.get_executor(pure=False)``: it would else believe that a run which
+        is tried again has been done. For Ray there is `OnRay`.
+    pack : int
+        Runs per job of the executor, one after the other: as many as make a cluster's task last
+        30 to 120 minutes. Every run still has a file of its own, so that a job which is killed
+        loses the run under way alone; submitit puts one that is out of time back in the queue.
     wait : bool
         False returns as soon as everything is submitted to the executor.
     retry : bool
@@ -188,13 +203,15 @@ def run(
     TypeError
         If a configuration is not plain JSON, or an index no integer.
     ValueError
-        If a configuration sets ``run_id`` or ``provenance``.
+        If a configuration sets ``run_id`` or ``provenance``, or a pack has no runs.
 
     Warns
     -----
     RuntimeWarning
         If runs crashed (only when waiting), or were skipped because they had crashed earlier.
     """
+    if pack < 1:
+        raise ValueError(f"pack is {pack}; expected at least one run per job of the executor")
     root = Path(root)
     chosen = _named(study, index)
     missing = {name: config for name, config in chosen.items() if not _file(root, name).exists()}
@@ -203,15 +220,90 @@ def run(
     wait = wait or executor is None
     with _bar(len(chosen), len(todo), crashed=len(skipped), shown=wait) as advance:
         jobs = {}
-        for name, config in todo.items():
-            jobs[name] = _submit(executor, task, config, root)
+        for part in _parts(todo, pack if executor is not None else 1):
+            started = _submit(executor, task, part, root)
+            jobs |= started
             if executor is None:
-                advance(jobs[name].result())
+                advance(*(job.result() for job in started.values()))
         lost = _wait(jobs, advance) if wait and executor is not None else {}
     lost = {name: error for name, error in lost.items() if not _file(root, name).exists()}
     _warn_of_crashes(root, jobs.keys() - lost if wait else (), skipped)
     _raise_if_lost(lost, len(jobs))
     return list(jobs.values())
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """An executor on the Ray cluster that this process is connected to, by ``ray.init()``.
+
+    Parameters
+    ----------
+    options : dict
+        What a job takes of a machine, as in ``ray.remote``: ``{"num_gpus": 0.25}`` puts four jobs
+        on each GPU, ``{"num_cpus": 2}`` keeps two cores for each.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def submit(self, function: Callable[..., Any], /, *arguments: object) -> Future:
+        """Start ``function(*arguments)`` on some machine of the cluster."""
+        import ray
+
+        return ray.remote(function).options(**self.options).remote(*arguments).future()
+
+
+def gpu_workers(devices: Sequence[str] | None = None) -> ProcessPoolExecutor:
+    """Return an executor with a worker process for each GPU, which sees that one alone.
+
+    Parameters
+    ----------
+    devices : sequence of str, optional
+        As in ``CUDA_VISIBLE_DEVICES``; all those visible by default. A device named twice gets
+        two workers: small models leave room.
+
+    Returns
+    -------
+    ProcessPoolExecutor
+        For ``sweep.run(..., executor=)``; in its tasks ``"cuda"`` is the worker's GPU.
+
+    Raises
+    ------
+    ValueError
+        If there is no GPU.
+    """
+    devices = _visible_gpus() if devices is None else list(devices)
+    if not devices:
+        raise ValueError(
+            "no GPU is visible; expected at least one (nvidia-smi lists them, "
+            "CUDA_VISIBLE_DEVICES hides them). On CPUs use a ProcessPoolExecutor"
+        )
+    context = get_context("spawn")
+    free = context.SimpleQueue()
+    for device in devices:
+        free.put(device)
+    return ProcessPoolExecutor(len(devices), context, initializer=pin_to_device, initargs=(free,))
+
+
+def pin_to_device(free: SimpleQueue[str]) -> None:
+    """Let this process see one device alone, the next one that is free.
+
+    Parameters
+    ----------
+    free : queue of str
+        Devices, as in ``CUDA_VISIBLE_DEVICES``, that no process has. The process must not have
+        used CUDA before.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
+
+
+def _visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use: a scheduler hides those of others."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        return [device.strip() for device in shown.split(",") if device.strip()]
+    import torch
+
+    return [str(place) for place in range(torch.cuda.device_count())]
 
 
 def collect(root: str | Path) -> pd.DataFrame:
@@ -375,6 +467,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("book/results"), help="folder")
     parser.add_argument("--workers", type=int, default=2, help="0 only summarises what there is")
     parser.add_argument("--index", type=int, help="run this one of the study alone")
+    parser.add_argument("--part", type=_part, metavar="I/N", help="run part I of N, from 0")
     parser.add_argument("--retry", action="store_true", help="run crashed ones again")
 
 
@@ -394,9 +487,20 @@ def run_in_processes(
         return
     import torch
 
+    index = given.index if given.part is None else range(len(study))[given.part]
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(given.workers, get_context("spawn"), **one_thread) as executor:
-        run(task, study, root, executor=executor, index=given.index, retry=given.retry)
+        run(task, study, root, executor=executor, index=index, retry=given.retry)
+
+
+def _part(text: str) -> slice:
+    """Read ``I/N``: of N parts of a study, dealt out like cards, number I."""
+    place, _, of = text.partition("/")
+    if not (place.isdigit() and of.isdigit() and int(place) < int(of)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no part of a study; expected I/N with I from 0 to N - 1, such as 0/40"
+        )
+    return slice(int(place), None, int(of))
 
 
 def _merge(parts: Sequence[Config]) -> dict[str, Any]:
@@ -449,18 +553,66 @@ def _error_file(root: Path, name: str) -> Path:
     return root / f"{name}.error"
 
 
-def _submit(executor: SupportsSubmit | None, task: Task, config: Config, root: Path) -> Job:
-    """Start a run; without an executor, finish it."""
+def _parts(runs: Mapping[str, Config], size: int) -> Iterator[dict[str, Config]]:
+    """Cut the runs into packs of a size, the last one smaller."""
+    items = iter(runs.items())
+    while part := dict(itertools.islice(items, size)):
+        yield part
+
+
+def _submit(
+    executor: SupportsSubmit | None, task: Task, part: Mapping[str, Config], root: Path
+) -> dict[str, Job]:
+    """Start a pack of runs; return a job for each of them."""
+    configs = list(part.values())
+    if len(configs) == 1:
+        return dict.fromkeys(part, _start(executor, _record, task, configs[0], root))
+    job = _start(executor, _record_all, task, configs, root)
+    return {name: _Member(job, place) for place, name in enumerate(part)}
+
+
+def _start(executor: SupportsSubmit | None, function: Callable, *arguments: object) -> Job:
+    """Start a call; without an executor, finish it."""
     job: Future = Future()
     try:
         if executor is not None:
-            return executor.submit(_record, task, config, root)
-        job.set_result(_record(task, config, root))
+            return executor.submit(function, *arguments)
+        job.set_result(function(*arguments))
     except BrokenExecutor as error:  # a worker died early; the runs submitted before it count
         job.set_exception(error)
     return job
 
 
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """One run of a job that does several."""
+
+    job: Job
+    place: int
+
+    def result(self) -> Path | None:
+        """Wait for the whole job; return the run's file."""
+        return self.job.result()[self.place]
+
+
+def _resumable(function: Callable) -> Callable:
+    """Let submitit put a job that ran out of time back in the queue: what it stored stays."""
+
+    def checkpoint(*arguments: object) -> object:
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(function, *arguments)
+
+    function.checkpoint = checkpoint
+    return function
+
+
+@_resumable
+def _record_all(task: Task, configs: Sequence[Config], root: Path) -> list[Path | None]:
+    return [_record(task, config, root) for config in configs]
+
+
+@_resumable
 def _record(task: Task, config: Config, root: Path) -> Path | None:
     """Run one configuration and write its file, or its error."""
     name = run_id(config)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killing.tasks import double, fragile, lightly, suicide
+from killing.tasks import device_of_worker, double, fragile, lightly, suicide
 from pyarrow import parquet
 
 from smslib import store, sweep
@@ -356,6 +356,102 @@ def test_a_crash_without_traceback_is_still_reported(tmp_path):
         sweep.run(double, STUDY[:1], tmp_path, executor=Lost())
 
 
+# ---------------------------------------------------------------- packs
+
+
+class Counting(Promising):
+    """An executor that remembers how many runs each of its jobs was given."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def submit(self, function, task, configs, root, /):
+        self.sizes.append(len(configs) if isinstance(configs, list) else 1)
+        return super().submit(function, task, configs, root)
+
+
+@pytest.mark.parametrize(
+    ("pack", "sizes"), [(1, [1] * 4), (3, [3, 1]), (2, [2, 2]), (4, [4]), (9, [4])]
+)
+def test_a_job_does_a_pack_of_runs(tmp_path, pack, sizes):
+    executor = Counting()
+    jobs = sweep.run(double, STUDY, tmp_path, executor=executor, pack=pack)
+    assert executor.sizes == sizes
+    names = [tmp_path / f"{sweep.run_id(config)}.json" for config in STUDY]
+    assert [job.result() for job in jobs] == names
+    assert sorted(sweep.collect(tmp_path)["double"]) == [0, 2, 4, 6]
+
+
+def test_packs_are_cut_from_what_is_missing(tmp_path):
+    sweep.run(double, STUDY, tmp_path, index=[0, 2])
+    executor = Counting()
+    sweep.run(double, STUDY, tmp_path, executor=executor, pack=2)
+    assert executor.sizes == [2]
+
+
+def test_a_crash_in_a_pack_does_not_stop_it(tmp_path):
+    with pytest.warns(RuntimeWarning, match="2 runs crashed"):
+        jobs = sweep.run(fragile, STUDY, tmp_path, executor=Promising(), pack=4)
+    assert [job.result() is None for job in jobs] == [False, True, False, True]
+
+
+def test_a_killed_pack_keeps_what_it_had_finished(tmp_path):
+    told = r"the executor lost 1 of 4 runs, the first "
+    with (
+        processes() as executor,
+        pytest.raises(RuntimeError, match=told + sweep.run_id({"x": 3})),
+    ):
+        sweep.run(suicide, STUDY, tmp_path, executor=executor, pack=4)
+    assert sorted(sweep.collect(tmp_path)["x"]) == [0, 1, 2]
+    executor = Counting()
+    sweep.run(double, STUDY, tmp_path, executor=executor, pack=4)
+    assert executor.sizes == [1]
+
+
+def test_without_an_executor_packs_make_no_difference(tmp_path):
+    jobs = sweep.run(double, STUDY, tmp_path, pack=3)
+    assert [job.result().stem for job in jobs] == [sweep.run_id(config) for config in STUDY]
+
+
+def test_a_pack_holds_something(tmp_path):
+    with pytest.raises(ValueError, match="pack is 0; expected at least one run per job"):
+        sweep.run(double, STUDY, tmp_path, pack=0)
+
+
+# ---------------------------------------------------------------- one worker per GPU
+
+
+def test_every_worker_sees_one_device_of_its_own(tmp_path):
+    with sweep.gpu_workers(["3", "GPU-7f"]) as executor:
+        jobs = [executor.submit(device_of_worker, tmp_path, 2) for _ in range(2)]
+        assert {job.result() for job in jobs} == {"3", "GPU-7f"}
+
+
+def test_the_devices_are_those_that_the_scheduler_left_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 2")
+    with sweep.gpu_workers() as executor:
+        assert executor._max_workers == 2
+        assert executor.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "5"
+
+
+def test_without_a_scheduler_the_devices_are_all_that_torch_counts(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with sweep.gpu_workers() as executor:
+        assert executor._max_workers == 3
+
+
+def test_a_device_named_twice_has_two_workers():
+    with sweep.gpu_workers(["0", "0", "1"]) as executor:
+        assert executor._max_workers == 3
+
+
+def test_without_a_gpu_there_are_no_workers(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match=r"no GPU is visible; expected at least one .*On CPUs"):
+        sweep.gpu_workers()
+
+
 # ---------------------------------------------------------------- the bar
 
 
@@ -673,7 +769,8 @@ def threads_used(config):
 
 def test_the_options_of_a_command():
     assert vars(options_of()) == {
-        **{"results": Path("book/results"), "workers": 2, "index": None, "retry": False}
+        **{"results": Path("book/results"), "workers": 2, "retry": False},
+        **{"index": None, "part": None},
     }
     assert options_of("--index", "3", "--retry").index == 3
 
@@ -681,6 +778,24 @@ def test_the_options_of_a_command():
 def test_workers_are_single_threaded_processes(tmp_path):
     sweep.run_in_processes(threads_used, STUDY[:2], tmp_path, options_of("--workers", "1"))
     assert sweep.collect(tmp_path)["threads"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("n_parts", [1, 3, 9])
+def test_the_parts_of_a_study_are_all_of_it(tmp_path, monkeypatch, n_parts):
+    parts = []
+    monkeypatch.setattr(sweep, "run", lambda *_, index, **__: parts.append(list(index)))
+    for i in range(n_parts):
+        given = options_of("--part", f"{i}/{n_parts}")
+        sweep.run_in_processes(threads_used, sweep.axis("x", range(7)), tmp_path, given)
+    assert sorted(itertools.chain(*parts)) == list(range(7))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("text", ["3/3", "1/-3", "2", "a/b", "/"])
+def test_a_part_is_one_of_some(text, capsys):
+    with pytest.raises(SystemExit):
+        options_of("--part", text)
+    assert "is no part of a study; expected I/N with I from 0 to N - 1" in capsys.readouterr().err
 
 
 def test_without_workers_nothing_runs(tmp_path):

@@ -60,3 +60,12 @@ def log(config):
     """Append to a file that all processes share, in one write."""
     with open(os.environ["LOG"], "a") as file:
         file.write(f"{config['x']}\n")
+
+
+def device_of_worker(folder, n_workers):
+    """Return the GPU that this process sees, once all workers are at work."""
+    (folder / str(os.getpid())).touch()
+    until = time.monotonic() + 60
+    while len(list(folder.iterdir())) < n_workers and time.monotonic() < until:
+        time.sleep(0.02)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
