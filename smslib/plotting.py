@@ -27,6 +27,7 @@ __all__ = [
     "LOOKS",
     "SINGLE",
     "Look",
+    "cloud",
     "clustered",
     "curves",
     "densities",
@@ -738,6 +739,39 @@ def stacked(
     ax.set_xlabel(label)
     ax.grid(visible=False, axis="y")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts), fontsize=7)
+    return ax
+
+
+@style()
+def cloud(
+    points: Real[np.ndarray, "point 2"],
+    *,
+    value: Real[np.ndarray, " point"],
+    labels: tuple[str, str] = ("", ""),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw points in a plane, each in the colour of a signed value of its own.
+
+    Parameters
+    ----------
+    points : array, (n_points, 2)
+    value : array, (n_points,)
+        Colour, zero in the middle; points below zero are squares, the others circles.
+    labels : tuple of str
+        Of the x and y axis.
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+        With a common unit along both axes.
+    """
+    ax = _axes(ax)
+    largest = float(np.abs(value).max())
+    kind = {"vmin": -largest, "vmax": largest, "cmap": "coolwarm", "s": 11, "linewidths": 0}
+    for marker, mine in (("s", value < 0), ("o", value >= 0)):
+        ax.scatter(*points[mine].T, c=value[mine], marker=marker, **kind)
+    ax.set(xlabel=labels[0], ylabel=labels[1], aspect="equal")
     return ax
 
 

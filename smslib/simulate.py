@@ -38,6 +38,7 @@ __all__ = [
     "restrict",
     "screen_like",
     "sparse_shift",
+    "twist",
 ]
 
 STREAMS = ("graph", "shift", "decoder", "latent", "count", "order", "reference")
@@ -398,6 +399,43 @@ def linear_gaussian(
         graph=torch.from_numpy(graph),
         decoder=LinearDecoder(loadings, noise),
     )
+
+
+def twist(
+    z: Float[Tensor, "*cell latent"], angle: float, *, plane: tuple[int, int] = (0, 1)
+) -> Float[Tensor, "*cell latent"]:
+    """Rotate a plane of the latents, the more the farther a cell lies from its middle.
+
+    A standard normal distribution is mapped to itself although the map is not linear, so data
+    without labels cannot tell whether it happened (Hyvarinen and Pajunen 1999).
+
+    Parameters
+    ----------
+    z : Tensor, (..., n_latent)
+        Prior standard deviations.
+    angle : float
+        Radians per prior standard deviation of distance; the negative angle undoes it.
+    plane : (int, int)
+        The two latents that are rotated into each other.
+
+    Returns
+    -------
+    Tensor, (..., n_latent)
+
+    Raises
+    ------
+    ValueError
+        If the plane does not name two different latents.
+    """
+    first, second = plane
+    if first == second or not {first, second} <= set(range(z.shape[-1])):
+        raise ValueError(f"plane={plane}; expected two different latents of {z.shape[-1]}")
+    u, v = z[..., first], z[..., second]
+    turn = angle * torch.hypot(u, v)
+    moved = z.clone()
+    moved[..., first] = u * turn.cos() - v * turn.sin()
+    moved[..., second] = u * turn.sin() + v * turn.cos()
+    return moved
 
 
 def exact_log_prob(screen: Screen, cells: Cells) -> Float[Tensor, " cell"]:

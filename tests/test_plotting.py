@@ -343,3 +343,19 @@ def test_parts_stand_end_to_end():
 def test_a_part_that_the_first_whole_lacks_is_refused():
     with pytest.raises(ValueError, match=r"parts \['lost'\] are not in the first .* \['kept'\]"):
         plotting.stacked({"a": {"kept": 1.0}, "b": {"kept": 1.0, "lost": 2.0}}, label="cells")
+
+
+# ---------------------------------------------------------------- clouds
+
+
+def test_a_cloud_colours_its_points_and_marks_their_sign():
+    points, value = np.arange(6.0).reshape(3, 2), np.array([-2.0, 1.0, 0.5])
+    ax = plotting.cloud(points, value=value, labels=("a", "b"))
+    below, above = ax.collections
+    assert below.get_offsets().tolist() == [[0, 1]]
+    assert above.get_offsets().tolist() == [[2, 3], [4, 5]]
+    assert above.get_array().tolist() == [1, 0.5]
+    assert below.get_clim() == above.get_clim() == (-2, 2)
+    assert len(below.get_paths()[0]) != len(above.get_paths()[0])
+    assert ax.get_aspect() == 1
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("a", "b")

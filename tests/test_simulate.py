@@ -697,3 +697,35 @@ def test_impossible_screens(given_, message):
 def test_an_oracle_of_no_draws(one_latent, sizes):
     with pytest.raises(ValueError, match="=0.*expected at least 1 of each .500 draws from 4"):
         simulate.oracle(one_latent, one_latent.cells[:2], **sizes)
+
+
+# ---------------------------------------------------------------- twists
+
+
+def test_a_twisted_normal_is_normal_and_no_rotation():
+    z = torch.from_numpy(np.random.default_rng(0).standard_normal((4000, 3)))
+    moved = simulate.twist(z, 2.0, plane=(0, 2)).numpy()
+    for axis in range(3):
+        assert kstest(moved[:, axis], norm.cdf).pvalue > 0.01
+    np.testing.assert_allclose(np.cov(moved.T), np.eye(3), atol=0.06)
+    assert metrics.linear_r2(z.numpy(), moved) < 0.6
+    np.testing.assert_array_equal(moved[:, 1], z[:, 1])
+
+
+def test_a_twist_keeps_volume_and_is_undone_by_its_negative():
+    z = torch.tensor([[0.3, -1.2], [2.0, 0.5]], dtype=torch.float64)
+    for row in z:
+        slopes = torch.autograd.functional.jacobian(lambda v: simulate.twist(v, 1.3), row)
+        assert torch.linalg.det(slopes).item() == pytest.approx(1.0)
+    np.testing.assert_allclose(simulate.twist(simulate.twist(z, 1.3), -1.3), z)
+
+
+def test_a_point_at_distance_pi_is_turned_round_by_a_unit_twist():
+    moved = simulate.twist(torch.tensor([np.pi, 0.0, 5.0]), 1.0)
+    np.testing.assert_allclose(moved, [-np.pi, 0.0, 5.0], atol=1e-5)
+
+
+@pytest.mark.parametrize("plane", [(0, 0), (1, 2), (-1, 0)])
+def test_a_twist_needs_two_latents(plane):
+    with pytest.raises(ValueError, match="expected two different latents of 2"):
+        simulate.twist(torch.zeros(1, 2), 1.0, plane=plane)
