@@ -191,6 +191,7 @@ def test_the_held_out_targets_are_explained_by_shifts_of_their_own(result):
 def test_learned_gates_and_the_truth_are_scored(result):
     assert all(0 <= n <= 3 for n in result["n_open_learned"])
     assert {"f1_new", "recall_known", "precision_new", "mcc"} <= set(result)
+    assert {"f1_new_rotated", "average_precision_known_centred", "f1_known_oracle"} <= set(result)
     assert 0 <= result["mcc"] <= 1
 
 
@@ -284,7 +285,7 @@ def test_the_look_alike_is_held_out_by_its_pathways():
     assert parts.held == screen.groups[name].held
     done = holdouts._fit(config, screen, parts)
     stages = holdouts._stages(config, screen, parts, done)
-    found = holdouts._edges(stages, screen, parts, done)
+    found = holdouts._edges(stages, screen, parts, done, alpha=4.0)
     rows = screen.design.index(parts.held) - 1
     matching = metrics.match_latents(
         screen.truth.z[positions(parts.train)].numpy(),
@@ -293,6 +294,69 @@ def test_the_look_alike_is_held_out_by_its_pathways():
     graph = stages["learned"].model.prior.probabilities()[-len(rows) :]
     by_hand = metrics.graph_scores(screen.truth.graph[rows].numpy(), graph, matching)
     assert found["f1_new"] == by_hand["f1"]
+
+
+def test_the_look_alike_has_controls_if_asked():
+    options = {"n_targets": 40, "n_cells": 600, "n_genes": 30, "n_latent": 4}
+    screen = READERS["look-alike-small-controls"](**options)
+    cells = torch.bincount(screen.cells.condition)
+    assert (int(cells[0]), int(cells[1:].sum())) == (2000, 600)
+    without = READERS["look-alike-small"](**options)
+    assert not (without.cells.condition == 0).any()
+    assert torch.equal(screen.truth.graph, without.truth.graph)
+
+
+def known_codes(shift, n_each, rng):
+    """Cells whose codes have exactly these means, target by target; row 0 is the control."""
+    condition = torch.arange(1, len(shift) + 1).repeat_interleave(n_each)
+    noise = rng.standard_normal((len(shift), n_each, shift.shape[1]))
+    noise -= noise.mean(1, keepdims=True)
+    return (shift[:, None] + noise).reshape(-1, shift.shape[1]), condition
+
+
+def test_edges_are_read_from_the_origin_and_axes_that_are_sparsest(monkeypatch):
+    """Codes that are the true latents, moved by a constant and turned, have all their edges in
+    the sparsest reading, in the centred one only if they were moved alone.
+    """
+    rng = np.random.default_rng(0)
+    graph = np.zeros((24, 3), dtype=bool)
+    graph[np.arange(12), np.arange(12) % 3] = True
+    shift = 2.0 * graph
+    true, condition = known_codes(shift, 40, rng)
+    design = Design.single_target([f"t{i:02d}" for i in range(24)])
+    positions = Cells(torch.arange(len(true))[:, None].double(), condition)
+    screen = Screen(positions, design, {}, Truth(torch.from_numpy(true), torch.from_numpy(graph)))
+    parts = holdouts.Split(design, design, *[positions] * 4)
+    done = holdouts._Fitted(None, None, positions, positions, 0.0, "cpu")
+    angle = 0.5
+    turn = np.eye(3)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    scores = {}
+    for name, axes in (("moved", np.eye(3)), ("turned", turn)):
+        codes = true @ axes + [0.0, 1.5, -0.7]
+        monkeypatch.setattr(holdouts, "latents", lambda *_, codes=codes: codes)
+        means = holdouts._means(codes, condition, design)
+        monkeypatch.setattr(holdouts, "_mean_codes", lambda *_, means=means: means)
+        scores[name] = holdouts._edges({}, screen, parts, done, alpha=4.0)
+    assert scores["moved"]["f1_known_centred"] == scores["turned"]["f1_known_rotated"] == 1.0
+    assert scores["moved"]["f1_known_rotated"] == scores["moved"]["f1_known_oracle"] == 1.0
+    assert scores["turned"]["precision_known_centred"] < 0.8
+    assert scores["moved"]["mcc"] == pytest.approx(1.0)
+    assert scores["turned"]["mcc_rotated"] > 0.99 > scores["turned"]["mcc"]
+    assert not any(name.endswith("_new") for name in scores["moved"])
+
+
+def test_the_mean_code_of_a_target_is_over_the_cells_in_which_it_is_alone(toy):
+    codes = np.arange(len(toy.cells), dtype=float)[:, None]
+    means, n_cells = holdouts._means(codes, toy.cells.condition, toy.design)
+    by_hand = [codes[toy.cells.condition == row].mean() for row in range(1, 7)]
+    assert means[:, 0].tolist() == by_hand
+    assert n_cells.tolist() == [N_EACH] * 6
+
+
+def test_a_double_held_out_has_no_edges_to_score(toy):
+    found = holdouts.experiment(CONFIG | {"group": "double"})
+    assert not {"mcc", "f1_known", "f1_known_centred"} & set(found)
 
 
 def prepared(path, *, controls, **uns):
@@ -422,6 +486,7 @@ def test_every_configuration_is_one_that_a_run_understands(name):
         ("norman-mini", "corrected", 3, 5),
         ("look-alike", "corrected", 8, 5),
         ("look-alike-small", "corrected", 8, 5),
+        ("look-alike-small-controls", "corrected", 8, 5),
         ("replogle", "corrected", 8, 5),
         ("replogle", "published", 8, 5),
         ("norman", "corrected", 1, 5),

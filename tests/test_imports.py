@@ -27,6 +27,7 @@ CHAIN = (
 )
 LEAVES = {"files", "names"}  # all may import these, and these import nothing
 ALONE = {
+    "gauge",
     "identifiability",
     "metrics",
     "plotting",
