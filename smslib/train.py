@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
+from smslib import parallel
 from smslib.data import Cells, minibatches, seeded
 from smslib.model import SMSVAE, Terms
 
@@ -148,6 +149,7 @@ def fit(
     config: TrainConfig | None = None,
     *,
     validation: Cells | None = None,
+    group: distributed.ProcessGroup | None = None,
     progress: bool = True,
 ) -> History:
     """Maximise the ELBO by stochastic gradients; this changes ``model`` in place.
@@ -160,6 +162,9 @@ def fit(
     config : TrainConfig, optional
     validation : Cells, optional
         Same conditions, other cells: for early stopping and for the choice of the best weights.
+    group : ProcessGroup, optional
+        Processes (started by ``torchrun``) that share every batch out among them. Each calls this
+        with the same model, cells and configuration, and each ends with the same weights.
     progress : bool
         Show a bar when the session is interactive.
 
@@ -170,8 +175,8 @@ def fit(
     Raises
     ------
     ValueError
-        If cells and model disagree in device, genes or conditions; counts are not finite; or
-        ``patience`` is given without validation cells.
+        If cells and model disagree in device, genes or conditions; counts are not finite;
+        ``patience`` is given without validation cells; or processes disagree.
     FloatingPointError
         At the first loss that is not finite; the term that broke is named.
     """
@@ -183,10 +188,14 @@ def fit(
         raise ValueError(
             "patience is set but there are no validation cells; pass validation= or patience=None"
         )
+    rank = 0
+    if group is not None:
+        rank = group.rank()
+        parallel.check(model, (len(cells), len(validation or ()), config), group)
     newton = model.newton
     try:
-        with seeded(config.seed):
-            history = _loop(model, cells, config, validation, progress)
+        with seeded(config.seed + rank):
+            history = _loop(model, cells, config, validation, group, progress and not rank)
     finally:
         model.newton = newton
     model.eval()
@@ -194,8 +203,14 @@ def fit(
 
 
 def _loop(
-    model: SMSVAE, cells: Cells, config: TrainConfig, validation: Cells | None, progress: bool
+    model: SMSVAE,
+    cells: Cells,
+    config: TrainConfig,
+    validation: Cells | None,
+    group: distributed.ProcessGroup | None,
+    progress: bool,
 ) -> History:
+    shared = model if group is None else parallel.SharedOut(model, group)
     optimizer = _Optimizer(model, config)
     order = torch.Generator().manual_seed(config.seed)
     history, best, newton = History(), _Best(config), model.newton
@@ -205,9 +220,9 @@ def _loop(
     for epoch in bar:
         start = time.perf_counter()
         model.newton = newton and epoch >= first_with_steps
-        row = {"epoch": epoch, **_epoch(model, cells, config, optimizer, order, epoch)}
+        row = {"epoch": epoch, **_epoch(shared, cells, config, optimizer, order, epoch, group)}
         if validation is not None:
-            row |= _validate(model, validation, config, epoch)
+            row |= _validate(model, validation, config, epoch, group)
             if model.newton == newton and _draws(config, epoch) == n_draws:
                 # Other epochs were judged by another inference or another bound.
                 best.update(epoch, row["validation_elbo"], model)
@@ -220,12 +235,13 @@ def _loop(
 
 
 def _epoch(
-    model: SMSVAE,
+    model: SMSVAE | parallel.SharedOut,
     cells: Cells,
     config: TrainConfig,
     optimizer: _Optimizer,
     order: torch.Generator,
     epoch: int,
+    group: distributed.ProcessGroup | None,
 ) -> dict[str, float]:
     """Visit every training cell once; return the means of the terms."""
     model.train()
@@ -249,7 +265,7 @@ def _epoch(
         optimizer.step()
         means = (terms.reconstruction.mean(), terms.kl.mean(), terms.penalty / n_cells)
         seen.append(torch.stack([value.detach() for value in means]))
-    return _summary(torch.stack(seen), epoch)
+    return _summary(parallel.average(torch.stack(seen), group), epoch)
 
 
 def _summary(steps: Float[Tensor, "step term"], epoch: int) -> dict[str, float]:
@@ -272,16 +288,23 @@ def _summary(steps: Float[Tensor, "step term"], epoch: int) -> dict[str, float]:
 
 @torch.no_grad()
 def _validate(
-    model: SMSVAE, validation: Cells, config: TrainConfig, epoch: int
+    model: SMSVAE,
+    validation: Cells,
+    config: TrainConfig,
+    epoch: int,
+    group: distributed.ProcessGroup | None,
 ) -> dict[str, float]:
-    """Return the bound of the validation cells, without the penalty, always by the same draws."""
+    """Return the bound of the validation cells, without the penalty, always by the same draws.
+
+    Processes of a group do the same work; they average, so that none of them stops alone.
+    """
     model.eval()
     total = torch.zeros(2, device=validation.device)
     with seeded(config.seed):
         for batch in minibatches(validation, 1024):
             terms = model(batch, n_draws=_draws(config, epoch))
             total += torch.stack([terms.reconstruction.sum(), terms.kl.sum()])
-    reconstruction, kl = (total / len(validation)).tolist()
+    reconstruction, kl = (parallel.average(total, group) / len(validation)).tolist()
     return {
         "validation_reconstruction": reconstruction,
         "validation_kl": kl,

@@ -18,6 +18,7 @@ CHAIN = (
     "priors",
     "newton",
     "model",
+    "parallel",
     "train",
     "evaluate",
     "transfer",
