@@ -78,12 +78,12 @@ def test_two_processes_end_with_the_weights_of_one(together, alone, name):
     np.testing.assert_allclose(first, alone[name]["weights"], rtol=1e-3, atol=1e-4)
 
 
-def test_the_references_moved(alone):
-    """What is compared is no standstill (by 20 tolerances), and one fit does stop early."""
-    for fitted in alone.values():
-        elbo = [row["elbo"] for row in fitted["rows"]]
-        assert max(elbo) - min(elbo) > 0.05
-    assert len(alone["stops early"]["rows"]) < 40
+def test_what_is_compared_moves_or_stops(alone):
+    """The curves go up by at least 20 tolerances; the one that stands still ends the fit."""
+    assert len(alone["stands still"]["rows"]) == 3
+    for name in alone.keys() - {"stands still"}:
+        elbo = [row["elbo"] for row in alone[name]["rows"]]
+        assert max(elbo) - min(elbo) > 20 * 1e-4 * abs(elbo[0])
 
 
 def test_every_process_draws_for_itself_and_validates_alike(together):

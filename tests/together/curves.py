@@ -23,6 +23,7 @@ DESIGN = Design.single_target(["a", "b", "c"])
 # 61 cells in batches of 16: parts of 8 and 8 cells, then of 7 and 6.
 CONFIG = TrainConfig(epochs=4, batch_size=16, warmup_epochs=2)
 ONE_LEFT = replace(CONFIG, batch_size=60)  # its last batch has a single cell for two processes
+STILL = replace(CONFIG, epochs=40, patience=2, learning_rate=0.0)
 FITS = {
     "svae+": ("svae+", {}, CONFIG),
     "vae": ("vae", {}, CONFIG),
@@ -32,7 +33,8 @@ FITS = {
         {"newton": True},
         replace(CONFIG, optimizer="muon", n_draws=3, weighted_share=0.5, max_grad_norm=1.0),
     ),
-    "stops early": ("svae", {"sparsity": 5.0}, replace(CONFIG, epochs=40, patience=2)),
+    "svae": ("svae", {"sparsity": 5.0}, CONFIG),
+    "stands still": ("svae+", {}, STILL),
 }
 
 
