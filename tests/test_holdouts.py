@@ -557,6 +557,16 @@ def test_summary_keeps_every_perturbation_and_seed():
     assert values[f"{key}.gain_at_5.each"] == [None, None]
 
 
+def test_of_the_edges_f1_is_summarised():
+    runs, study = fake_runs({"many": [1.0, 2.0]})
+    for name in ("f1_known", "precision_known", "average_precision_new_rotated"):
+        runs[name] = 0.5
+    runs["average_precision_gate"] = 0.9
+    found = {key.split(".")[4] for key in holdouts.summarise(runs, study) if ".vae." in key}
+    assert {"f1_known", "average_precision_gate", "i_nll_after"} <= found
+    assert not {"precision_known", "average_precision_new_rotated"} & found
+
+
 def test_a_study_resumes_and_is_stored(monkeypatch, tmp_path):
     study = [CONFIG | {"method": method} for method in ("svae+", "vae")]
     gates = {"dataset": "toy", "arm": "gates", "group": "true", "method": "svae+", "seed": 0}
