@@ -438,8 +438,8 @@ def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict
     dict
         ``<arm>.<setting>.<method>.seeds``, ``<arm>.<setting>.<method>.<score>`` (lists over
         seeds; where some runs lack the score, its ``.seeds`` names the others), and of each list
-        ``.mean``, ``.sd``, ``.low``, ``.high`` (95 % t interval; None for a single seed) and
-        ``.n``. An empty setting is left out.
+        ``.mean`` and ``.n``, and where there are several ``.sd``, ``.low`` and ``.high`` (95 % t
+        interval). An empty setting is left out.
     """
     values: dict[str, object] = {}
     for setting, configs in study.items():
@@ -490,16 +490,12 @@ def _scores(group: pd.DataFrame, configs: Sequence[Config]) -> list[str]:
 
 
 def _summary(key: str, values: list[float] | list[int]) -> dict[str, object]:
-    several = len(values) > 1
-    _, low, high, _ = metrics.interval(np.asarray(values, dtype=float)) if several else (None,) * 4
-    return {
-        key: values,
-        f"{key}.mean": float(np.mean(values)),
-        f"{key}.sd": float(np.std(values, ddof=1)) if several else None,
-        f"{key}.low": low,
-        f"{key}.high": high,
-        f"{key}.n": len(values),
-    }
+    found = {key: values, f"{key}.mean": float(np.mean(values)), f"{key}.n": len(values)}
+    if len(values) > 1:
+        _, low, high, _ = metrics.interval(np.asarray(values, dtype=float))
+        spread = {"sd": float(np.std(values, ddof=1)), "low": low, "high": high}
+        found |= {f"{key}.{name}": value for name, value in spread.items()}
+    return found
 
 
 def by_setting(

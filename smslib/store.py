@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ __all__ = [
     "write_text",
 ]
 
+# A bracket before a line break is no part of a string, which has none.
+_INNERMOST_LIST = re.compile(r"\[\n([^\[\]{}]*)\n *\]")
 DIGITS = 6
 
 
@@ -223,9 +226,15 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, payload: Mapping[str, Any]) -> Path:
-    """Write JSON with sorted keys, whole or not at all; return the path."""
+    """Write JSON with sorted keys, a line per list, whole or not at all; return the path."""
     text = json.dumps(payload, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    text = _INNERMOST_LIST.sub(_on_one_line, text)
+
     return write_text(path, text + "\n")
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return "[" + " ".join(line.strip(" ") for line in found[1].split("\n")) + "]"
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smslib import store
@@ -63,6 +63,26 @@ def test_plain_values(value, expected):
     kept = store.plain(value)
     assert kept == expected
     assert type(kept) is type(expected)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(-1e6, 1e6) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_lists_on_a_line_hold_what_they_held(tmp_path, payload):
+    path = store.write_json(tmp_path / "a.json", payload)
+    assert json.loads(path.read_text()) == payload
+
+
+def test_a_list_is_a_line(tmp_path):
+    path = store.write_json(tmp_path / "a.json", {"a": [1, 2.5], "b": [["x", "y"], [3]], "c": []})
+    text = '{\n "a": [1, 2.5],\n "b": [\n  ["x", "y"],\n  [3]\n ],\n "c": []\n}\n'
+    assert path.read_text() == text
 
 
 # ---------------------------------------------------------------- whole files or none
