@@ -17,9 +17,11 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+UNLOCKED = {"dask", "ray"}  # engines of clusters, which neither book nor tests install
 ASKED = [
     Requirement(text)
-    for text in [*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)]
+    for part in (PROJECT["dependencies"], *(EXTRAS[name] for name in EXTRAS.keys() - UNLOCKED))
+    for text in part
 ]
 OTHERS = [requirement for requirement in ASKED if requirement.name != PROJECT["name"]]
 
