@@ -328,7 +328,7 @@ def _transfer_scores(model: SMSVAE, screen: Screen) -> dict[str, float | int]:
 
     ``i_nll`` is -IWELBO averaged over interventions, nats per cell; ``floor`` what the true
     generator would score on some of the same cells, given their library, and ``i_nll_gap`` how
-    far the model is above it on those.
+    far the model is above it on those. ``mcc_new`` is the MCC of all held-out cells.
     """
     cells, design = _held_out(screen, model.prior.design)
     fitted, scored = split_cells(cells, (0.5, 0.5), seed=0)
@@ -337,10 +337,13 @@ def _transfer_scores(model: SMSVAE, screen: Screen) -> dict[str, float | int]:
     some = _first_of_each(scored, _ORACLE_CELLS)
     floor = -_oracle_log_prob(screen, scored[some], design)
     nll = -float(np.nanmean(by_condition(bounds, scored, design)["mean"]))
+    rows = screen.design.index(screen.design.conditions[-_HELD_OUT:])
+    true = screen.z[torch.isin(screen.cells.condition, rows)].numpy()
     return {
         "i_nll": nll,
         "floor": float(floor.mean()),
         "i_nll_gap": float(-bounds[some].mean() - floor.mean()),
+        "mcc_new": metrics.mcc(true, latents(adapted, cells)),
     }
 
 

@@ -16,7 +16,7 @@ LATENTS = {"mcc", "mcc_spearman", "mcc_within", "r2", "r2_cv"} | {
     f"dci_{part}" for part in ("disentanglement", "completeness")
 }
 GRAPH = {"precision", "recall", "f1", "average_precision", "shd", "n_edges"}
-TRANSFER = {"i_nll", "floor", "i_nll_gap"}
+TRANSFER = {"i_nll", "floor", "i_nll_gap", "mcc_new"}
 FIT = {"epochs", "fit_cpu_seconds", "validation_elbo"}
 GATES = {"calibration", "brier"}
 RELEASED = {"released_precision", "released_recall", "released_f1"}
@@ -44,6 +44,18 @@ def test_a_run_returns_finite_scores_of_every_kind(result):
     signed = {f"signed_{name}" for name in GRAPH}
     assert set(result) == LATENTS | GRAPH | signed | RELEASED | GATES | TRANSFER | FIT
     assert all(math.isfinite(value) for value in result.values())
+
+
+def test_new_cells_are_scored_against_their_own_latents(monkeypatch):
+    """Their true latents, given out as the model's, must match themselves and nothing else."""
+    plan = {**benchmark.ARMS["smslib"], **SHORT}
+    screen = benchmark._screen(plan)
+    names = screen.design.conditions[-20:]
+    rows = torch.isin(screen.cells.condition, screen.design.index(names))
+    monkeypatch.setattr(benchmark, "latents", lambda *_: screen.z[rows].numpy())
+    trained = benchmark._trained(screen)
+    model, _ = recipes.build(trained.cells, trained.design, n_latent=screen.z.shape[1])
+    assert benchmark._transfer_scores(model, screen)["mcc_new"] == pytest.approx(1.0)
 
 
 def test_bounds_have_their_signs(result):
