@@ -45,7 +45,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2
 ReturnToService=2
 KillWait=2
 NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=UNLIMITED State=UP
 CONF
 
 ended() {
