@@ -31,6 +31,13 @@ def doubles(root):
     return dict(sorted(zip(runs["x"].tolist(), runs["double"].tolist(), strict=True)))
 
 
+def test_the_gpus_of_a_workstation(tmp_path, monkeypatch):
+    """No task here touches the device, so that it need not exist."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    engines.on_one_gpu_each(double, STUDY, tmp_path)
+    assert doubles(tmp_path) == {0: 0, 1: 2, 2: 4, 3: 6}
+
+
 # ---------------------------------------------------------------- submitit, without a cluster
 
 

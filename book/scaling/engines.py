@@ -5,27 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 
 from smslib import sweep
+from smslib.sweep import Config, Job, Task
 
 
-def on_one_gpu_each(task: sweep.Task, study: list[dict], root: Path) -> list[sweep.Job]:
+def on_one_gpu_each(task: Task, study: list[Config], root: Path) -> list[Job]:
     """Run a study on all GPUs of this machine, one process on each."""
     with sweep.gpu_workers() as executor:
         return sweep.run(task, study, root, executor=executor)
 
 
 def on_slurm(
-    task: sweep.Task, study: list[dict], root: Path, *, logs: Path, pack: int, **parameters: object
-) -> list[sweep.Job]:
-    """Submit a study as one array job, each of whose tasks does a pack of runs; do not wait."""
+    task: Task,
+    study: list[Config],
+    root: Path,
+    *,
+    logs: Path,
+    pack: int,
+    cluster: str = "slurm",
+    **parameters: object,
+) -> list[Job]:
+    """Submit a study as one array job, a pack of runs to each task."""
     import submitit
 
-    executor = submitit.AutoExecutor(folder=logs, cluster=parameters.pop("cluster", None))
+    executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
     executor.update_parameters(timeout_min=120, cpus_per_task=1, **parameters)
     with executor.batch():
-        return sweep.run(task, study, root, executor=executor, pack=pack, wait=False)
+        how = {"executor": executor, "pack": pack, "wait": False}
+        return sweep.run(task, study, root, **how)
 
 
-def on_dask(task: sweep.Task, study: list[dict], root: Path, *, scheduler: str) -> list[sweep.Job]:
+def on_dask(
+    task: Task,
+    study: list[Config],
+    root: Path,
+    *,
+    scheduler: str,
+) -> list[Job]:
     """Run a study on the workers of a dask scheduler."""
     from dask.distributed import Client
 
@@ -34,6 +49,12 @@ def on_dask(task: sweep.Task, study: list[dict], root: Path, *, scheduler: str) 
         return sweep.run(task, study, root, executor=executor)
 
 
-def on_ray(task: sweep.Task, study: list[dict], root: Path, **options: float) -> list[sweep.Job]:
+def on_ray(
+    task: Task,
+    study: list[Config],
+    root: Path,
+    **options: float,
+) -> list[Job]:
     """Run a study on the Ray cluster that this process is connected to."""
-    return sweep.run(task, study, root, executor=sweep.OnRay(options or {"num_cpus": 1}))
+    executor = sweep.OnRay(options or {"num_cpus": 1})
+    return sweep.run(task, study, root, executor=executor)
