@@ -33,6 +33,7 @@ _DECIMAL = re.compile(r"(?<![\w.])[-−]?\d*\.\d+(?![\w]|\.\d)|\d+(?:\.\d+)?\s?%
 _NOT_PROSE = (
     "pre, code, script, style, table, .math, .cell_input, .cell_output, .headerlink, "
     ".result-value, .paper-value, .provenance, .profile-badge, .citation, .citation-list, "
+    ".api-list, "
     ".caption-number, .section-number, .std-numref, .proof-title, "
     ".solution > .admonition-title > a"
 )
