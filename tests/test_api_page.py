@@ -50,7 +50,7 @@ class Kind:
     def _hidden(self):
         pass
 '''
-OTHER = '__all__ = ["borrowed"]\n\ndef borrowed():\n    """Lend."""\n'
+OTHER = '"""Other."""\n\n__all__ = ["borrowed"]\n\ndef borrowed():\n    """Lend."""\n'
 CONF = """
 import sys
 sys.path.insert(0, {ext!r})
@@ -116,9 +116,15 @@ def test_every_public_name_of_the_library_says_what_it_does():
 
 def build(folder, page):
     (folder / "conf.py").write_text(CONF.format(ext=str(ROOT / "book" / "_ext")))
-    (folder / "index.md").write_text(page)
+    if not (folder / "index.md").exists():
+        (folder / "index.md").write_text(page)
     command = [sys.executable, "-m", "sphinx", "-q", str(folder), str(folder / "out")]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def sections(folder):
+    html = BeautifulSoup((folder / "out" / "index.html").read_text(), "html.parser")
+    return [tag["id"] for tag in html.select("section[id^=module-]")]
 
 
 @one_worker
@@ -137,11 +143,19 @@ def test_a_module_becomes_a_section_of_the_page(package):
 
 
 @one_worker
+def test_others_are_all_that_the_page_has_not_listed_and_a_new_one_is_not_left_out(package):
+    page = "# Names\n\n```{public-names} one\n```\n\n```{public-names} others\n```\n"
+    assert build(package.parent, page) == ""
+    assert sections(package.parent) == ["module-one", "module-other"]
+    (package / "new.py").write_text('"""New."""\n\n__all__ = []\n')
+    assert build(package.parent, page) == ""
+    assert sections(package.parent) == ["module-one", "module-new", "module-other"]
+
+
+@one_worker
 def test_what_is_missing_or_says_nothing_is_a_warning(package):
     (package / "other.py").write_text('__all__ = ["borrowed"]\n\ndef borrowed():\n    pass\n')
-    said = build(
-        package.parent, "# Names\n\n```{public-names} one\n```\n\n```{public-names} no\n```\n"
-    )
+    page = "# Names\n\n```{public-names} one\n```\n\n```{public-names} no\n```\n"
+    said = build(package.parent, page)
     assert "smslib.one: borrowed() has no summary" in said
     assert "smslib has no module 'no'" in said
-    assert "no page lists other of smslib" in said

@@ -2,8 +2,9 @@
 
 ``{public-names} model`` makes a section for ``smslib/model.py``: what the module is, then every
 name of its ``__all__`` with its parameters and the first line of its docstring; classes with their
-public methods. Nothing is imported. A public name without a summary, and a module that no page
-lists, are warnings, which the build treats as errors.
+public methods. ``{public-names} others`` does so for every module that the page has not listed
+before it, so that a new one is never left out. Nothing is imported. A public name without a
+summary is a warning, which the build treats as an error.
 """
 
 import ast
@@ -20,7 +21,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-PACKAGE = "smslib"
+PACKAGE, OTHERS = "smslib", "others"
 LONGEST_VALUE = 60
 _DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 # Docstrings hold ``code``, `names` and :role:`text`.
@@ -207,9 +208,17 @@ class PublicNames(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[Node]:
-        """Return the section, or a warning where there is none."""
-        module = self.arguments[0]
+        """Return the sections, with a warning for each that there should be and is not."""
         folder = Path(self.env.srcdir, PACKAGE)
+        done = listed(self.env).setdefault(self.env.docname, set())
+        chosen = self.arguments
+        if chosen == [OTHERS]:
+            chosen = sorted(modules(folder) - done)
+        for path in folder.glob("*.py"):  # names may come from another module
+            self.env.note_dependency(str(path))
+        return [section for module in chosen for section in self._section(folder, module)]
+
+    def _section(self, folder: Path, module: str) -> list[Node]:
         try:
             summary, names = public(folder, module)
         except Unlisted as problem:
@@ -217,11 +226,8 @@ class PublicNames(SphinxDirective):
             return []
         for call in _silent(names):
             self._warn(f"{PACKAGE}.{module}: {call} has no summary")
-        listed(self.env).setdefault(self.env.docname, set()).add(module)
-        for path in folder.glob("*.py"):  # names may come from another module
-            self.env.note_dependency(str(path))
-        title = f"{PACKAGE}.{module}"
-        anchor = f"module-{module.replace('_', '-')}"
+        listed(self.env)[self.env.docname].add(module)
+        title, anchor = f"{PACKAGE}.{module}", f"module-{module.replace('_', '-')}"
         section = nodes.section(ids=[anchor], names=[anchor])
         self.state.document.note_explicit_target(section, section)
         section += nodes.title("", "", nodes.literal(title, title))
@@ -240,13 +246,10 @@ def listed(env: BuildEnvironment) -> dict[str, set[str]]:
     return env.smslib_modules
 
 
-def _check(app: Sphinx, env: BuildEnvironment) -> None:
-    """Warn of modules that no page lists, if any page lists modules at all."""
-    pages = listed(env)
-    missing = modules(Path(env.srcdir, PACKAGE)) - set().union(*pages.values())
-    if pages and missing:
-        message = f"no page lists {', '.join(sorted(missing))} of {PACKAGE}"
-        logger.warning(message, location=min(pages), type="smslib", subtype="api")
+def _outdated(app: Sphinx, env: BuildEnvironment, *_: set[str]) -> list[str]:
+    """Have pages read again when there are modules that they did not list."""
+    known = modules(Path(env.srcdir, PACKAGE))
+    return [page for page, done in listed(env).items() if not known <= done]
 
 
 def _purge(app: Sphinx, env: BuildEnvironment, docname: str) -> None:
@@ -264,5 +267,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("public-names", PublicNames)
     app.connect("env-purge-doc", _purge)
     app.connect("env-merge-info", _merge)
-    app.connect("env-check-consistency", _check)
+    app.connect("env-get-outdated", _outdated)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
