@@ -28,6 +28,7 @@ CHAIN = (
 )
 LEAVES = {"files", "names"}  # all may import these, and these import nothing
 ALONE = {
+    "enumeration",
     "gauge",
     "identifiability",
     "metrics",
