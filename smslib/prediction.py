@@ -66,6 +66,7 @@ _AGREEMENT = ("pearson", "cosine")
 _SCORES = tuple(
     name + suffix for suffix in ("", "_top") for name in ("pearson", "cosine", "r2", "rmse_ratio")
 )
+_COMPARED = ("pearson", "rmse_ratio", "pearson_top", "rmse_ratio_top")  # with other methods
 
 
 class Effects(NamedTuple):
@@ -842,10 +843,10 @@ def summarise(runs: pd.DataFrame) -> dict[str, Any]:
         ``<dataset>.<task>.<method>.seeds`` and, per score, ``.<score>`` (mean over conditions, by
         seed) with ``.mean``, ``.low``, ``.high`` (95 % t interval over seeds, which are other
         splits of the same cells) and ``.n``, and ``.<score>.by_condition`` (mean over seeds).
-        ``.<score>.minus_<baseline>`` is the mean difference from "training-mean", "additive" and
-        "additive-shrunk", with ``.low``, ``.high`` and ``.p_value`` of a paired t-test over
-        conditions (means over the ``.n_seeds`` seeds that both methods have: other seeds are
-        other splits).
+        ``.<score>.minus_<baseline>``, of pearson and rmse_ratio, is the mean difference from
+        "training-mean", "additive" and "additive-shrunk", with ``.low``, ``.high`` and
+        ``.p_value`` of a paired t-test over conditions (means over the ``.n_seeds`` seeds that
+        both methods have: other seeds are other splits).
         ``<dataset>.<task>.attainable.pearson`` and ``.cosine``, with suffix ``_top`` too, are the
         square roots of the mean agreement of two halves of the held-out cells.
     """
@@ -859,7 +860,8 @@ def summarise(runs: pd.DataFrame) -> dict[str, Any]:
             values[f"{key}.{method}.seeds"] = rows["seed"].tolist()
             for name, table in tables[method].items():
                 values |= _summary(f"{key}.{method}.{name}", np.array(list(table.values())))
-                values |= _differences(f"{key}.{method}.{name}", method, name, tables)
+                if name in _COMPARED:
+                    values |= _differences(f"{key}.{method}.{name}", method, name, tables)
     return values
 
 

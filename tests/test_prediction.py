@@ -671,13 +671,14 @@ def test_methods_are_compared_over_the_seeds_that_both_have():
         *rows_of("training-mean", {7: [0.0, 0.0]}),
     ]
     found = prediction.summarise(pd.DataFrame(runs))
-    key = "toy.cells.svae.r2"
+    key = "toy.cells.svae.rmse_ratio"
     assert found["toy.cells.svae.seeds"] == [1, 2, 3]
     assert found[f"{key}.minus_additive"] == pytest.approx(np.mean([0.1, 0.1, -0.1, 0.5]))
     by_condition = stats.ttest_rel([0.5, 1.0], [0.4, 0.8])  # means over seeds 1 and 2
     assert found[f"{key}.minus_additive.p_value"] == pytest.approx(by_condition.pvalue)
     assert found[f"{key}.minus_additive.n_seeds"] == 2
     assert f"{key}.minus_training-mean" not in found
+    assert "toy.cells.svae.r2.minus_additive" not in found
     assert found[f"{key}.by_condition"] == pytest.approx([10.0 / 3, -7.0 / 3])
 
 
