@@ -197,10 +197,13 @@ def test_learned_gates_and_the_truth_are_scored(result):
 
 def test_a_run_is_a_function_of_its_configuration():
     first, second = (holdouts.experiment(CONFIG) for _ in range(2))
-    changing = {"fit_cpu_seconds", "transfer_cpu_seconds"}
+    changing = {f"{part}_cpu_seconds" for part in ("fit", "adapt", "score", "transfer")}
     assert {k: v for k, v in first.items() if k not in changing} == {
         k: v for k, v in second.items() if k not in changing
     }
+    assert changing < first.keys()
+    parts = first["adapt_cpu_seconds"] + first["score_cpu_seconds"]
+    assert 0 < parts < first["transfer_cpu_seconds"]
     assert not first.keys() & CONFIG.keys()
     assert "NaN" not in json.dumps(first)
 
@@ -334,7 +337,7 @@ def test_edges_are_read_from_the_origin_and_axes_that_are_sparsest(monkeypatch):
     scores = {}
     for name, axes in (("moved", np.eye(3)), ("turned", turn)):
         codes = true @ axes + [0.0, 1.5, -0.7]
-        monkeypatch.setattr(holdouts, "latents", lambda *_, codes=codes: codes)
+        monkeypatch.setattr(holdouts, "latents", lambda *_, codes=codes, **__: codes)
         means = holdouts._means(codes, condition, design)
         monkeypatch.setattr(holdouts, "_mean_codes", lambda *_, means=means: means)
         scores[name] = holdouts._edges({}, screen, parts, done, alpha=4.0)
