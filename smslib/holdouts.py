@@ -876,8 +876,8 @@ def summarise(runs: pd.DataFrame, study: Sequence[Config]) -> dict[str, Any]:
     dict
         ``<dataset>.<arm>.<group>.<method>.<score>`` (lists over seeds) with ``.mean``, ``.sd``,
         ``.low``, ``.high`` (95 % t interval) and ``.n``, as `smslib.benchmark.summarise`;
-        ``.perturbations`` and, of every score with a value for each, ``.<score>.each`` (means
-        over seeds).
+        ``.perturbations`` and, of IWELBO, gains and numbers, ``.<score>.each`` (a value for each
+        perturbation, mean over seeds).
 
         ``<dataset>.<arm>.<group>.<method>-<other>.<unit>.<statistic>``: what sVAE+ gains over
         another method in IWELBO after adaptation, nats per cell, paired over ``seeds`` (means
@@ -906,7 +906,9 @@ def _each(key: str, runs: pd.DataFrame) -> dict[str, Any]:
     scores = [
         name
         for name in runs
-        if name.startswith(("iwelbo_", "gain_", "elbo_", "n_")) and _is_list(runs[name].iloc[0])
+        if name.startswith(("iwelbo_", "gain_", "n_"))
+        and not name.endswith("_sem")
+        and _is_list(runs[name].iloc[0])
     ]
     tables = {name: np.array(runs[name].tolist(), dtype=float) for name in scores}
     means = {name: table.mean(0) for name, table in tables.items()}

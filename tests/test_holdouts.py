@@ -522,6 +522,7 @@ def fake_runs(gaps, n_seeds=6):
                 better = np.array(gap) * (method == "svae+") + 0.01 * rng.standard_normal(len(gap))
                 values = base + better
                 row = {"run_id": sweep.run_id(config), **config, "fit.epochs": 3}
+                row |= {"iwelbo_after_sem": [0.1] * len(gap)}
                 row |= {"perturbations": [f"{group}{i}" for i in range(len(gap))]}
                 row |= {"iwelbo_after": values.tolist(), "i_nll_after": -values.mean()}
                 row |= {"gain_at_5": [None] * len(gap), "n_scored": [4] * len(gap)}
@@ -558,6 +559,7 @@ def test_summary_keeps_every_perturbation_and_seed():
     by_hand = np.mean(mine["iwelbo_after"].tolist(), axis=0)
     assert values[f"{key}.iwelbo_after.each"] == pytest.approx(by_hand.tolist())
     assert values[f"{key}.gain_at_5.each"] == [None, None]
+    assert not [name for name in values if name.endswith("_sem.each")]
 
 
 def test_of_the_edges_f1_is_summarised():
