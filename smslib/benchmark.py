@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from smslib import ceilings, controls, metrics, recipes, simulate, sweep, transfer
-from smslib.data import Cells, Design, split_cells
+from smslib.data import Cells, Design, first_of_each, split_cells
 from smslib.distributions import kl_to_shifted_normal
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
 from smslib.model import SMSVAE
@@ -316,9 +316,14 @@ def _two_largest(shift: np.ndarray) -> np.ndarray:
     return metrics.top_k_graph(shift, min(2, shift.shape[1]))
 
 
+def _unseen(screen: Screen) -> tuple[str, ...]:
+    """Return the names of the held-out interventions."""
+    return screen.design.conditions[-_HELD_OUT:]
+
+
 def _held_out(screen: Screen, design: Design) -> tuple[Cells, Design]:
     """Return the held-out cells, labelled by the design extended by their interventions."""
-    names = screen.design.conditions[-_HELD_OUT:]
+    names = _unseen(screen)
     rows, larger = screen.design.index(names), design.extend(names)
     cells = screen.cells.of(rows)
     new_row = torch.full((screen.design.n_conditions,), -1)
@@ -337,11 +342,12 @@ def _transfer_scores(model: SMSVAE, screen: Screen) -> dict[str, float | int]:
     fitted, scored = split_cells(cells, (0.5, 0.5), seed=0)
     adapted = transfer.adapt(model, fitted, design=design)
     bounds = iwelbo(adapted, scored, n_draws=1000)
-    some = _first_of_each(scored, _ORACLE_CELLS)
+    some = first_of_each(scored, _ORACLE_CELLS)
     floor = -_oracle_log_prob(screen, scored[some], design)
     nll = -float(np.nanmean(by_condition(bounds, scored, design)["mean"]))
-    rows = screen.design.index(screen.design.conditions[-_HELD_OUT:])
+    rows = screen.design.index(_unseen(screen))
     true = screen.z[torch.isin(screen.cells.condition, rows)].numpy()
+
     return {
         "i_nll": nll,
         "floor": float(floor.mean()),
@@ -354,12 +360,6 @@ def _oracle_log_prob(screen: Screen, cells: Cells, design: Design) -> np.ndarray
     names = [design.conditions[row] for row in cells.condition.tolist()]
     known = replace(cells, condition=screen.design.index(names))
     return simulate.oracle_log_prob(screen, known, observed_library=True).numpy()
-
-
-def _first_of_each(cells: Cells, n: int) -> torch.Tensor:
-    """Return the positions of the first n cells of every condition."""
-    rows = cells.condition.unique()
-    return torch.cat([(cells.condition == row).nonzero()[:n, 0] for row in rows])
 
 
 def _released_transfer(done: _Fit, screen: Screen) -> dict[str, float | int]:
@@ -408,10 +408,10 @@ def _control(method: str, screen: Screen, trained: Screen, *, seed: int) -> dict
     cells, true = trained.cells, trained.z.numpy()
     counts, condition, n_latent = cells.counts.numpy(), cells.condition.numpy(), true.shape[1]
     if method == "oracle":
-        some = _first_of_each(cells, _ORACLE_CELLS)
+        some = first_of_each(cells, _ORACLE_CELLS)
         mean = simulate.oracle(trained, cells[some], seed=seed).mean.numpy()
         unseen, design = _held_out(screen, trained.design)
-        unseen = unseen[_first_of_each(unseen, _ORACLE_CELLS)]
+        unseen = unseen[first_of_each(unseen, _ORACLE_CELLS)]
         floor = -_oracle_log_prob(screen, unseen, design)
         return {**latent_scores(true[some], mean, condition[some]), "i_nll": float(floor.mean())}
     if method == "told":
@@ -547,7 +547,6 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = [config for config in every if given.arm in (None, config["arm"])]
     is_grid = given.experiment in AGREEMENT
     sweep.run_in_processes(agree if is_grid else recover, wanted, root, given)
-
     sweep.conclude(
         given.experiment,
         every,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cells",
     "Design",
+    "first_of_each",
     "from_anndata",
     "minibatches",
     "seeded",
@@ -286,6 +287,12 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)
         yield
+
+
+def first_of_each(cells: Cells, n: int) -> Int[Tensor, " chosen"]:
+    """Return the positions of the first n cells of every condition, condition by condition."""
+    rows = cells.condition.unique()
+    return torch.cat([(cells.condition == row).nonzero()[:n, 0] for row in rows])
 
 
 def streams(seed: int, names: Sequence[str]) -> dict[str, np.random.Generator]:

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smslib import benchmark, gauge, lookalike, metrics, perturbseq, screens, sweep
-from smslib.data import Cells, Design, from_anndata, split_cells
+from smslib.data import Cells, Design, first_of_each, from_anndata, split_cells
 from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
 from smslib.priors import NoSlab
@@ -72,11 +72,8 @@ _NOT_SUMMARISED = ("precision_", "recall_", "average_precision_known", "average_
 _N_DRAWS = 200  # of the IWELBO: 1,000 add .01 nats on papalexi2021
 _WHOLE = "\n"  # in no label: every label is a target of its own
 _SMALL = {"epochs": 24, "n_latent": 10}
-# Genes of hundreds of UMIs per cell make the learning rate too large unless the gradient is cut;
-# what it is cut at is meant for a loss per cell.
-_CUT = {"max_grad_norm": 10.0, "loss_scale": "cell"}
 # A third as many cells want more epochs.
-_SMALLEST = {"epochs": 144, "n_latent": 10, "training": _CUT}
+_SMALLEST = {"epochs": 144, "n_latent": 10, "training": screens.CUT}
 # As measured on the look-alike: six minutes on one core. alpha = 10 keeps shifts above .5 of a
 # target of 154 cells; the paper's alpha, the number of targets, would keep those above 4.2.
 _LARGE = {
@@ -86,7 +83,7 @@ _LARGE = {
 # The same groups at a size of which many fits can be made. alpha = 4 keeps shifts above .3; on two
 # screens drawn from other seeds, its validation ELBO is .02 and .03 nats above that of 10.
 _FEWER = {"n_targets": 160, "n_cells": 27_000, "n_genes": 300, "n_latent": 15}
-_FEW = {"epochs": 24, "n_latent": 15, "sparsity": 4.0, "training": _CUT}
+_FEW = {"epochs": 24, "n_latent": 15, "sparsity": 4.0, "training": screens.CUT}
 _CONTROLS = 2_000  # where the look-alike has any: the paper kept none
 FITS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -333,7 +330,9 @@ def split(config: Config, screen: Screen) -> Split:
     if config["arm"] == "corrected":
         adaptation, scoring = split_cells(held, (0.5, 0.5), seed=seed)
     order = torch.randperm(len(adaptation), generator=torch.Generator().manual_seed(seed))
-    adaptation = _first(adaptation[order], config.get("n_adapt"))
+    adaptation = adaptation[order]
+    if config.get("n_adapt") is not None:
+        adaptation = adaptation[first_of_each(adaptation, config["n_adapt"])]
     return Split(small, larger, train, validation, adaptation, scoring)
 
 
@@ -345,14 +344,6 @@ def _group(config: Config, screen: Screen) -> Group:
             f"unknown group {config['group']!r}; expected one of {list(screen.groups)}"
         )
     return screen.groups[config["group"]]
-
-
-def _first(cells: Cells, n: int | None) -> Cells:
-    """Return the first n cells of every condition, or all."""
-    if n is None:
-        return cells
-    rows = cells.condition.unique()
-    return cells[torch.cat([(cells.condition == row).nonzero()[:n, 0] for row in rows])]
 
 
 def _read(screen: Screen, part: Cells, device: str) -> Cells:
@@ -511,7 +502,7 @@ def _curve(model: SMSVAE, cells: Cells, parts: Split, sizes: Sequence[int]) -> d
     enough = {n: tuple(name for name in parts.held if seen[name] >= n) for n in sizes}
     stages = {}
     for n in sizes:
-        fewer = adapt(model, _first(cells, n), design=parts.larger)
+        fewer = adapt(model, cells[first_of_each(cells, n)], design=parts.larger)
         labels = parts.scoring.condition
         stages[f"at_{n}"] = _Stage(fewer, labels, enough[n], enough[max(sizes)])
     return stages

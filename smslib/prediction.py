@@ -805,9 +805,6 @@ _TASKS = MappingProxyType({"cells": _seen, "doubles": _doubles, "targets": _targ
 
 
 _TASKS_OF_NORMAN = ("doubles", "cells")
-# Genes of hundreds of UMIs per cell make the learning rate too large unless the gradient is cut;
-# what it is cut at is meant for a loss per cell.
-_CUT = {"max_grad_norm": 10.0, "loss_scale": "cell"}
 
 
 def _study() -> tuple[dict[str, Any], ...]:
@@ -818,8 +815,8 @@ def _study() -> tuple[dict[str, Any], ...]:
     papalexi = [{"dataset": "papalexi2021", "task": "cells"}]
     unseen = [{"dataset": "papalexi2021", "task": "targets"}]
     runs = sweep.chain(
-        sweep.product(norman, shifted, [{"epochs": 200, "training": _CUT}]),
-        sweep.product(papalexi, shifted, [{"epochs": 72, "training": _CUT}]),
+        sweep.product(norman, shifted, [{"epochs": 200, "training": screens.CUT}]),
+        sweep.product(papalexi, shifted, [{"epochs": 72, "training": screens.CUT}]),
         sweep.product(sweep.chain(norman, papalexi, unseen), plain),
     )
     return tuple(sweep.product(sweep.axis("seed", range(5)), runs))

@@ -424,14 +424,14 @@ def _slots(matrix: Float[Tensor, "condition target"]) -> Int[Tensor, "condition 
     return (matrix != 0).int().argsort(dim=1, descending=True, stable=True)[:, :n_slots]
 
 
-def _shift_free(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
-    _refuse_sparsity(sparsity)
-    return NoSlab(n_targets, n_latent), OpenGate(n_targets, n_latent)
+def _always_open(kind: type[Slab]) -> Callable[[int, int, float | None], tuple[Slab, Gate]]:
+    """Return the method with such shifts and no sparsity."""
 
+    def build(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
+        _refuse_sparsity(sparsity)
+        return kind(n_targets, n_latent), OpenGate(n_targets, n_latent)
 
-def _ivae(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
-    _refuse_sparsity(sparsity)
-    return PointSlab(n_targets, n_latent), OpenGate(n_targets, n_latent)
+    return build
 
 
 def _svae(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
@@ -442,11 +442,6 @@ def _svae(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, 
 def _svae_plus(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
     alpha = float(n_targets) if sparsity is None else sparsity
     return PointSlab(n_targets, n_latent), BetaGate(n_targets, n_latent, alpha=alpha)
-
-
-def _cpa_vae(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
-    _refuse_sparsity(sparsity)
-    return GaussianSlab(n_targets, n_latent), OpenGate(n_targets, n_latent)
 
 
 def _sams_vae(n_targets: int, n_latent: int, sparsity: float | None) -> tuple[Slab, Gate]:
@@ -473,12 +468,12 @@ GATES = MappingProxyType(
 # sparsity (None for the method's own).
 METHODS: Mapping[str, Callable[[int, int, float | None], tuple[Slab, Gate]]] = MappingProxyType(
     {
-        "vae": _shift_free,
-        "beta-vae": _shift_free,
-        "ivae": _ivae,
+        "vae": _always_open(NoSlab),
+        "beta-vae": _always_open(NoSlab),
+        "ivae": _always_open(PointSlab),
         "svae": _svae,
         "svae+": _svae_plus,
-        "cpa-vae": _cpa_vae,
+        "cpa-vae": _always_open(GaussianSlab),
         "sams-vae": _sams_vae,
     }
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Real
 
-from smslib import metrics, screens, store, sweep
+from smslib import metrics, screens, sweep
 from smslib.data import Cells
 from smslib.model import SMSVAE
 from smslib.programs import (
@@ -158,11 +159,11 @@ def study(
     Null targets and shuffled labels open no gate here, so their effects are zero, not merely
     different: that they do not recur is the gates' doing.
     """
-    folder = Path(root) / "runs" / "papalexi-programs"
-    sweep.run(read, _runs(), folder, executor=executor)
-    runs = sweep.collect(folder)
-    cost = sweep.cost(runs, "python -m smslib.programs")
-    return store.put("programs", summarise(runs, sets=sets), root=root, provenance=cost)
+    folder, wanted = Path(root) / "runs" / "papalexi-programs", _runs()
+    sweep.run(read, wanted, folder, executor=executor)
+    with_sets = functools.partial(summarise, sets=sets)
+    options = {"results": root, "command": "python -m smslib.programs"}
+    return sweep.conclude("programs", wanted, with_sets, root=folder, **options)
 
 
 def summarise(runs: pd.DataFrame, *, sets: Sets = SETS) -> dict[str, Any]:

@@ -37,3 +37,20 @@ def html(root, worker_id):
     shutil.rmtree(output, ignore_errors=True)
     stage(root, output / "src", None)
     return render(output / "src", output).parent
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser for the tests of one module; one that CI must have."""
+    import shutil
+
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        assert not os.environ.get("CI"), "chromium must be installed where CI=true"
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -1,7 +1,5 @@
 """Interactive figures in a browser: moved by the keyboard, alone, and saying what they compute."""
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,24 +8,10 @@ from bs4 import BeautifulSoup
 FIGURES = sorted((Path(__file__).resolve().parents[1] / "book" / "_static").glob("*.html"))
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        assert not os.environ.get("CI"), "chromium must be installed where CI=true"
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def rotation(browser):
+def rotation(chromium):
     """The rotation slider on a page without anything else, and the complaints of the page."""
-    page, errors = browser.new_page(), []
+    page, errors = chromium.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: errors.append(f"loads {request.url}"))
     (figure,) = [path for path in FIGURES if path.stem == "rotation"]
