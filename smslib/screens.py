@@ -56,8 +56,8 @@ __all__ = [
 
 PATHWAY = perturbseq.pathways()["ifn-gamma"].genes
 REPLICATES = ("rep_2", "rep_3")  # rep_1 differs from both in depth and expression
-# Training where genes have hundreds of UMIs per cell: those make the learning rate too large unless
-# the gradient is cut, and what it is cut at is meant for a loss per cell.
+# Training where genes have hundreds of UMIs per cell: they make the learning rate too large if
+# the gradient is not cut. What it is cut at is meant for a loss per cell.
 CUT = {"max_grad_norm": 10.0, "loss_scale": "cell"}
 _N_LATENT = 10
 
