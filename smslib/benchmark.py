@@ -23,7 +23,7 @@ from smslib.data import Cells, Design, first_of_each, split_cells
 from smslib.distributions import kl_to_shifted_normal
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
 from smslib.model import SMSVAE
-from smslib.simulate import Mechanism, Screen
+from smslib.simulate import Mechanism, Screen, Violation
 from smslib.studies import AGREEMENT, STUDIES
 from smslib.sweep import Config
 from smslib.train import TrainConfig, fit
@@ -77,7 +77,8 @@ def recover(config: Config) -> dict[str, float | int]:
         ``"shuffled"``: sVAE+ on shuffled labels) and ``seed`` (of data and weights alike, as
         released). Optionally, of the data: ``n_cells`` per intervention (500), ``n_targets``
         (100), ``n_latent`` (15), ``mechanism`` and ``held_out`` (arguments of
-        `smslib.simulate.Mechanism`), ``normaliser``, ``with_replacement``; of the fit:
+        `smslib.simulate.Mechanism`), ``violation`` (of `smslib.simulate.Violation`),
+        ``normaliser``, ``with_replacement``; of the fit:
         ``init_seed``, ``sparsity``, ``beta``, ``max_epochs``, ``changes`` (of
         `smslib.recipes.CHANGES`), ``transfer``.
 
@@ -102,7 +103,7 @@ def _trained(screen: Screen) -> Screen:
 
 
 def _screen(plan: Mapping[str, object]) -> Screen:
-    held_out = plan.get("held_out")
+    held_out, violation = plan.get("held_out"), plan.get("violation")
     return simulate.sparse_shift(
         n_cells_per_condition=plan.get("n_cells", 500),
         n_targets=plan.get("n_targets", 100),
@@ -113,6 +114,7 @@ def _screen(plan: Mapping[str, object]) -> Screen:
         with_replacement=plan.get("with_replacement"),
         mechanism=Mechanism(**plan.get("mechanism", {})),
         held_out=None if held_out is None else (_HELD_OUT, Mechanism(**held_out)),
+        violation=None if violation is None else Violation(**violation),
     )
 
 

@@ -10,7 +10,7 @@ own, so that changing the number of cells leaves the mechanisms unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, Poisson
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Poisson
 from torch.nn.functional import leaky_relu
 
 from smslib.data import Cells, Design, seeded, single, streams
@@ -28,8 +28,10 @@ __all__ = [
     "CountDecoder",
     "LinearDecoder",
     "Mechanism",
+    "Noise",
     "Oracle",
     "Screen",
+    "Violation",
     "exact_log_prob",
     "exact_posterior",
     "linear_gaussian",
@@ -42,8 +44,12 @@ __all__ = [
 ]
 
 STREAMS = ("graph", "shift", "decoder", "latent", "count", "order", "reference")
+# Of the violations; at the end, so that a screen without any is drawn as ever.
+STREAMS += ("common", "side effect", "variance", "escape", "batch")
 N_HIDDEN = 40
 LEAK = 0.2
+N_BATCHES = 4
+WIDE = 3.0  # standard deviation of a latent that an intervention spreads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +115,76 @@ class Mechanism:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """Ways in which a screen breaks what the model assumes; each alone, or together.
+
+    The default breaks nothing. Lopez et al. (2023) have no such experiment.
+
+    Parameters
+    ----------
+    correlation : float
+        Of any two latents, given the intervention: the latents of a cell share a common factor.
+        The model has them independent.
+    side_effect : float
+        Standard deviation of a small shift that every intervention adds to every latent. The
+        model expects few latents to move.
+    variance : float
+        Share of the edges that leave the mean of their latent alone and make its standard
+        deviation three. The model's interventions move means only.
+    escape : float
+        Share of the cells of every intervention that carry its label and are not moved (guides
+        that do not cut). The model takes all cells of a label as alike.
+    batch : float
+        Standard deviation of the log fold change of every gene in each of four batches, which
+        cells join whatever their intervention. The model knows no batches.
+
+    Raises
+    ------
+    ValueError
+        If a value is outside its range.
+    """
+
+    correlation: float = 0.0
+    side_effect: float = 0.0
+    variance: float = 0.0
+    escape: float = 0.0
+    batch: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        for name in ("correlation", "escape"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value}; expected a share in [0, 1)")
+        if not 0 <= self.variance <= 1:
+            raise ValueError(f"variance={self.variance}; expected a share of edges in [0, 1]")
+        for name in ("side_effect", "batch"):
+            if not 0 <= (value := getattr(self, name)) < np.inf:
+                raise ValueError(f"{name}={value}; expected a standard deviation of at least 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """How the cells of a condition scatter, where not as ``N(shift, I)``.
+
+    Parameters
+    ----------
+    spread : Tensor, (n_conditions, n_latent)
+        Standard deviation of every latent.
+    correlation : float
+        Of any two latents, given the condition.
+    escape : float
+        Share of the cells that are as the control.
+    fold : Tensor, (n_batches, n_genes)
+        Log fold change of every gene in each batch; the batches are equally frequent.
+    """
+
+    spread: Float[Tensor, "condition latent"]
+    correlation: float
+    escape: float
+    fold: Float[Tensor, "batch gene"]
+
+
 @dataclass(frozen=True, eq=False)
 class CountDecoder:
     """Log Poisson rate of every gene, given the latents: the true p(x | z) of `sparse_shift`.
@@ -124,12 +200,15 @@ class CountDecoder:
     log_normaliser : Tensor, (n_genes,), optional
         Fixed log denominator of each gene (the released softmax over cells). None is a softmax
         over genes.
+    fold : Tensor, (..., n_genes), optional
+        Log fold change of every gene, before the softmax: that of a batch.
     """
 
     weights: tuple[Tensor, ...]
     temperature: float
     log_total: float
     log_normaliser: Float[Tensor, " gene"] | None = None
+    fold: Float[Tensor, "*cell gene"] | float = 0.0
 
     def logits(self, z: Float[Tensor, "*cell latent"]) -> Float[Tensor, "*cell gene"]:
         """Return the network's output at unit temperature."""
@@ -140,7 +219,7 @@ class CountDecoder:
 
     def log_rate(self, z: Float[Tensor, "*cell latent"]) -> Float[Tensor, "*cell gene"]:
         """Return the log expected count (log UMIs) of every gene, in float64."""
-        scaled = self.logits(z) / self.temperature
+        scaled = self.logits(z) / self.temperature + self.fold
         if self.log_normaliser is None:
             return self.log_total + torch.log_softmax(scaled, -1)
         return self.log_total + scaled - self.log_normaliser
@@ -210,7 +289,9 @@ class Screen:
     graph : Tensor, (n_targets, n_latent)
         Whether the target moves the latent.
     decoder : CountDecoder or LinearDecoder
-        True p(x | z).
+        True p(x | z); that of a cell in no batch, where there are batches.
+    noise : Noise, optional
+        How cells scatter around ``shift``; None is independently, with variance one.
     """
 
     cells: Cells
@@ -219,6 +300,7 @@ class Screen:
     shift: Float[Tensor, "condition latent"]
     graph: Bool[Tensor, "target latent"]
     decoder: object
+    noise: Noise | None = None
 
 
 def sparse_shift(
@@ -233,6 +315,7 @@ def sparse_shift(
     with_replacement: bool | None = None,
     mechanism: Mechanism | None = None,
     held_out: tuple[int, Mechanism] | None = None,
+    violation: Violation | None = None,
 ) -> Screen:
     """Simulate a screen whose interventions shift a few latents each.
 
@@ -250,7 +333,7 @@ def sparse_shift(
     n_genes : int
         At least 40.
     seed : int
-        Starts seven independent streams; the sizes of one part do not change the others.
+        Starts independent streams; the sizes of one part do not change the others.
     as_released : bool
         True follows the released code, False the text: short for both of the next two.
     normaliser : {"cells", "genes"}, optional
@@ -269,6 +352,10 @@ def sparse_shift(
         tables: fitted on one density or effect, transferred to another). Each group is drawn as
         if all targets followed its mechanism: the first targets do not depend on ``held_out``, and
         two densities of held-out targets under one seed give nested graphs.
+    violation : Violation, optional
+        What is broken of the model's assumptions; None is nothing. The graph then still names the
+        intended targets: side effects are in ``shift`` and not in ``graph``, targets whose
+        variance alone changes are in ``graph`` and not in ``shift``.
 
     Returns
     -------
@@ -293,17 +380,20 @@ def sparse_shift(
     _check_sizes(n_cells_per_condition, n_targets, n_latent, n_genes)
     normaliser = _check_normaliser(normaliser, as_released)
     groups = _check_groups(mechanism or Mechanism(), held_out, n_targets, n_latent)
-    replace = as_released if with_replacement is None else with_replacement
-    graph, shift = _draw_groups(seed, groups, (n_targets, n_latent), replace=replace)
+    repeats = as_released if with_replacement is None else with_replacement
+    graph, shift = _draw_groups(seed, groups, (n_targets, n_latent), replace=repeats)
     rngs = streams(seed, STREAMS)
+    shift, noise = _break(shift, graph, violation or Violation(), rngs, n_genes)
     condition = np.repeat(np.arange(1, n_targets + 1), n_cells_per_condition)
-    z = shift[condition] + rngs["latent"].standard_normal((len(condition), n_latent))
+    z = _draw_latents(shift, noise, condition, rngs)
     weights = _draw_weights(rngs["decoder"], (n_latent, *[N_HIDDEN] * 3, n_genes))
     if normaliser == "cells":
         decoder = _released_decoder(weights, z)
     else:
         decoder = _written_decoder(weights, shift[1:], rngs["reference"])
-    counts = rngs["count"].poisson(decoder.log_rate(torch.from_numpy(z)).exp().numpy())
+    batch = rngs["batch"].integers(len(noise.fold), size=len(z))
+    rate = replace(decoder, fold=noise.fold[batch]).log_rate(torch.from_numpy(z)).exp()
+    counts = rngs["count"].poisson(rate.numpy())
     order = rngs["order"].permutation(len(condition))
     return Screen(
         cells=Cells(single(counts[order]), torch.from_numpy(condition[order])),
@@ -312,6 +402,7 @@ def sparse_shift(
         shift=single(shift),
         graph=torch.from_numpy(graph),
         decoder=decoder,
+        noise=None if violation is None else noise,
     )
 
 
@@ -354,6 +445,7 @@ def restrict(screen: Screen, conditions: Sequence[str]) -> Screen:
         z=screen.z[kept],
         shift=screen.shift[rows],
         graph=screen.graph[touched],
+        noise=screen.noise and replace(screen.noise, spread=screen.noise.spread[rows]),
     )
 
 
@@ -668,6 +760,40 @@ def _draw_sizes(
     return signs * rng.normal(mechanism.effect, mechanism.effect_sd, size=shape)
 
 
+def _break(
+    shift: Float[np.ndarray, "condition latent"],
+    graph: Bool[np.ndarray, "target latent"],
+    violation: Violation,
+    rngs: Mapping[str, np.random.Generator],
+    n_genes: int,
+) -> tuple[Float[np.ndarray, "condition latent"], Noise]:
+    """Return the shifts as the violation leaves them, and the scatter around them."""
+    widened = graph & (rngs["variance"].random(graph.shape) < violation.variance)
+    shift, spread = shift.copy(), np.ones_like(shift)
+    shift[1:][widened], spread[1:][widened] = 0.0, WIDE
+    if violation.side_effect > 0:  # adding zeros would turn those that are negative
+        shift[1:] += violation.side_effect * rngs["side effect"].standard_normal(graph.shape)
+    n_batches = N_BATCHES if violation.batch > 0 else 1
+    fold = violation.batch * rngs["batch"].standard_normal((n_batches, n_genes))
+    return shift, Noise(
+        torch.from_numpy(spread), violation.correlation, violation.escape, torch.from_numpy(fold)
+    )
+
+
+def _draw_latents(
+    shift: Float[np.ndarray, "condition latent"],
+    noise: Noise,
+    condition: np.ndarray,
+    rngs: Mapping[str, np.random.Generator],
+) -> Float[np.ndarray, "cell latent"]:
+    """Draw the latents of cells; those that escaped are as the control."""
+    own = rngs["latent"].standard_normal((len(condition), shift.shape[1]))
+    common = rngs["common"].standard_normal((len(condition), 1))
+    mixed = (1 - noise.correlation) ** 0.5 * own + noise.correlation**0.5 * common
+    fate = np.where(rngs["escape"].random(len(condition)) < noise.escape, 0, condition)
+    return shift[fate] + noise.spread.numpy()[fate] * mixed
+
+
 def _draw_weights(rng: np.random.Generator, widths: Sequence[int]) -> tuple[Tensor, ...]:
     """Draw matrices with orthonormal rows, scaled by the Glorot gain of a leaky rectifier."""
     gain = np.sqrt(2 / (1 + LEAK**2))
@@ -702,10 +828,53 @@ def _written_decoder(
 
 
 def _oracle_of(screen: Screen, cells: Cells, n_draws: int, n_starts: int) -> Oracle:
-    """Importance-sample a few cells at once."""
-    posterior = _Posterior(
-        screen.decoder, cells.counts.double(), screen.shift[cells.condition].double()
+    """Sum a few cells over the kinds that each of them may be of."""
+    shares, kinds = zip(*_kinds(screen), strict=True)
+    parts = [_sampled(kind, cells, n_draws, n_starts) for kind in kinds]
+    log_prob, mean, n_effective = (torch.stack(part) for part in zip(*parts, strict=True))
+    log_joint = log_prob + torch.tensor(shares).log()[:, None]
+    weight = torch.softmax(log_joint, 0)
+    return Oracle(
+        torch.logsumexp(log_joint, 0),
+        (weight[..., None] * mean).sum(0),
+        1 / (weight.square() / n_effective).sum(0),
     )
+
+
+def _kinds(screen: Screen) -> list[tuple[float, Screen]]:
+    """Return the kinds of cells that a screen mixes unseen, each with its share.
+
+    A kind is a screen of its own: cells that escaped have the shifts and the scatter of the
+    control, those of a batch its decoder.
+    """
+    noise = screen.noise
+    if noise is None:
+        return [(1.0, screen)]
+    control = replace(noise, spread=noise.spread[:1].expand_as(noise.spread))
+    escaped = replace(screen, shift=screen.shift[:1].expand_as(screen.shift), noise=control)
+    fates = [(1 - noise.escape, screen), (noise.escape, escaped)]
+    return [
+        (share / len(noise.fold), replace(fate, decoder=replace(fate.decoder, fold=fold)))
+        for share, fate in fates
+        if share > 0
+        for fold in noise.fold
+    ]
+
+
+def _prior(screen: Screen, condition: Tensor) -> MultivariateNormal:
+    """Return the distribution of the latents of cells of one kind, in float64."""
+    shift = screen.shift[condition].double()
+    factor = torch.eye(shift.shape[-1]).to(shift)
+    if screen.noise is not None:
+        r = screen.noise.correlation
+        factor = torch.linalg.cholesky((1 - r) * factor + r)
+        factor = screen.noise.spread[condition][..., None] * factor
+    return MultivariateNormal(shift, scale_tril=factor, validate_args=False)
+
+
+def _sampled(screen: Screen, cells: Cells, n_draws: int, n_starts: int) -> Oracle:
+    """Importance-sample a few cells of one kind at once."""
+    posterior = _Posterior(screen.decoder, cells.counts.double(), _prior(screen, cells.condition))
     proposal = _mixture(posterior, *_gaussians(posterior, _modes(posterior, n_starts)))
     z = proposal.sample((n_draws,))
     log_weight = posterior.log_joint(z) - proposal.log_prob(z)
@@ -723,16 +892,15 @@ class _Posterior:
 
     decoder: CountDecoder
     counts: Float[Tensor, "cell gene"]
-    shift: Float[Tensor, "cell latent"]
+    prior: MultivariateNormal
 
     def log_joint(self, z: Float[Tensor, "*draw cell latent"]) -> Float[Tensor, "*draw cell"]:
         """Return log p(x, z | c)."""
         log_rate = self.decoder.log_rate(z)
-        prior = Normal(self.shift, 1.0).log_prob(z).sum(-1)
         # torch's Poisson would compute the factorials again for every draw: three times slower.
         factorials = torch.lgamma(self.counts + 1).sum(-1)
         seen = torch.einsum("...g,...g->...", log_rate, self.counts)
-        return prior + seen - log_rate.exp().sum(-1) - factorials
+        return self.prior.log_prob(z) + seen - log_rate.exp().sum(-1) - factorials
 
     def slope(
         self, z: Float[Tensor, "*draw cell latent"]
@@ -742,14 +910,16 @@ class _Posterior:
         rate = self.decoder.log_rate(z).exp()
         gradient = torch.einsum("...lg,...g->...l", jacobian, self.counts - rate)
         information = (jacobian * rate[..., None, :]) @ jacobian.mT
-        return gradient - (z - self.shift), information + torch.eye(z.shape[-1]).to(z)
+        precision = self.prior.precision_matrix
+        pull = torch.einsum("...lm,...m->...l", precision, z - self.prior.loc)
+        return gradient - pull, information + precision
 
 
 def _modes(
     posterior: _Posterior, n_starts: int, n_steps: int = 10
 ) -> Float[Tensor, "start cell latent"]:
     """Climb the log joint from draws of the prior, by Gauss-Newton with a step-size search."""
-    z = Normal(posterior.shift, 1.0).sample((n_starts,))
+    z = posterior.prior.sample((n_starts,))
     sizes = torch.tensor([1, 0.5, 0.25, 0.1, 0.02, 0]).to(z)[:, None, None, None]
     for _ in range(n_steps):
         gradient, information = posterior.slope(z)
@@ -805,11 +975,19 @@ def _log_prob_of_library(
     n_draws: int = 5000,
 ) -> Float[Tensor, " cell"]:
     """Average Poisson(library; total rate) over draws of each condition's prior."""
-    result = torch.empty_like(library)
-    for row in condition.unique():
-        z = Normal(screen.shift[row].double(), 1.0).sample((n_draws,))
-        total = screen.decoder.log_rate(z).exp().sum(-1, keepdim=True)
-        mine = condition == row
-        terms = Poisson(total, validate_args=False).log_prob(library[mine])
-        result[mine] = torch.logsumexp(terms, 0) - np.log(n_draws)
-    return result
+    terms = []
+    for share, kind in _kinds(screen):
+        result = torch.empty_like(library)
+        for row in condition.unique():
+            mine = condition == row
+            totals = _totals(kind, row, n_draws)
+            seen = Poisson(totals[:, None], validate_args=False).log_prob(library[mine])
+            result[mine] = torch.logsumexp(seen, 0) - np.log(n_draws)
+        terms.append(result + np.log(share))
+    return torch.logsumexp(torch.stack(terms), 0)
+
+
+def _totals(screen: Screen, row: Tensor, n_draws: int) -> Float[Tensor, " draw"]:
+    """Return the expected library of draws of a condition's prior."""
+    z = _prior(screen, row).sample((n_draws,))
+    return screen.decoder.log_rate(z).exp().sum(-1)

@@ -215,6 +215,26 @@ def _grid_label(config: Config) -> str:
     return "-".join(parts)
 
 
+def _violations() -> Study:
+    """Break one assumption at a time, the stronger level of each first; and none."""
+    levels = {
+        "correlation": (0.8, 0.4),
+        "side_effect": (1.0, 0.3),
+        "variance": (1.0, 0.3),
+        "escape": (0.5, 0.2),
+        "batch": (0.5, 0.2),
+    }
+    broken = {
+        f"{name}{values[rank]}": {"violation": {name: values[rank]}}
+        for rank in (0, 1)
+        for name, values in levels.items()
+    }
+    return {
+        label: _runs("smslib", ("oracle", "svae+", "ivae"), range(3), **data)
+        for label, data in ({"none": {}} | broken).items()
+    }
+
+
 AGREEMENT = frozenset({"selection"})  # studies whose runs are of `smslib.benchmark.agree`
 STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
     {
@@ -230,6 +250,7 @@ STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
         "cells": _cells,
         "descendants": _descendants,
         "selection": _selection,
+        "violations": _violations,
         "waterfall": _waterfall,
     }
 )
