@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from smslib import ceilings, controls, metrics, recipes, simulate, sweep, transfer
+from smslib import ceilings, controls, metrics, recipes, simulate, store, sweep, transfer
 from smslib.data import Cells, Design, first_of_each, split_cells
 from smslib.distributions import kl_to_shifted_normal
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
@@ -457,7 +457,7 @@ def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict
             values[f"{key}.seeds"] = group["seed"].tolist()
             for score in _scores(group, configs):
                 scored = group.dropna(subset=score)
-                values |= _summary(f"{key}.{score}", scored[score].tolist())
+                values |= store.over_seeds(f"{key}.{score}", scored[score].tolist())
                 if len(scored) < len(group):
                     values[f"{key}.{score}.seeds"] = scored["seed"].tolist()
     return values
@@ -496,15 +496,6 @@ def _scores(group: pd.DataFrame, configs: Sequence[Config]) -> list[str]:
     numbers = group.select_dtypes("number").dropna(axis=1, how="all").columns
     hidden = settings | _IN_RUNS_ALONE
     return [name for name in numbers if name not in hidden and "." not in name]
-
-
-def _summary(key: str, values: list[float] | list[int]) -> dict[str, object]:
-    found = {key: values, f"{key}.mean": float(np.mean(values)), f"{key}.n": len(values)}
-    if len(values) > 1:
-        _, low, high, _ = metrics.interval(np.asarray(values, dtype=float))
-        spread = {"sd": float(np.std(values, ddof=1)), "low": low, "high": high}
-        found |= {f"{key}.{name}": value for name, value in spread.items()}
-    return found
 
 
 def by_setting(

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smslib import metrics, perturbseq, screens, sweep
+from smslib import metrics, perturbseq, screens, store, sweep
 from smslib.data import Cells, Design, from_anndata, split_cells
 from smslib.model import SMSVAE
 from smslib.names import nearest_known
@@ -871,10 +871,7 @@ def _scores(rows: pd.DataFrame) -> dict[str, _Table]:
 
 
 def _summary(key: str, table: Float[np.ndarray, "seed condition"]) -> dict[str, Any]:
-    by_seed = table.mean(1)
-    interval = metrics.interval(by_seed)._asdict()
-    parts = {f"{key}.{name}": value for name, value in interval.items()}
-    return {key: by_seed, f"{key}.by_condition": table.mean(0), **parts}
+    return store.over_seeds(key, table.mean(1)) | {f"{key}.by_condition": table.mean(0)}
 
 
 def _attainable(key: str, halves: Mapping[str, _Table]) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """Results on disk, each with its provenance.
 
-An experiment is one file, ``<root>/<experiment>.json``, of two parts: ``values`` (flat: key to
-number, string or list) and ``provenance`` (commit, versions, device, seconds, ...). Pages of the
-book read numbers from there and from nowhere else.
+An experiment is one file, ``<root>/<experiment>.json``, of three parts: ``by_seed`` (key to the
+values of a score, seed by seed), ``values`` (flat as well: key to number, string or list) and
+``provenance`` (commit, versions, device, seconds, ...). What follows from the values by seed,
+their mean and its interval, is not written but computed when the file is read: see `over_seeds`.
+Pages of the book read numbers from there and from nowhere else.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from smslib import files
+import numpy as np
+from jaxtyping import Real
+
+from smslib import files, metrics
 from smslib.names import nearest_known
 
 __all__ = [
     "Stored",
     "get",
     "measure",
+    "over_seeds",
     "plain",
     "put",
     "read_json",
@@ -39,6 +45,7 @@ __all__ = [
 # A bracket before a line break is no part of a string, which has none.
 _INNERMOST_LIST = re.compile(r"\[\n([^\[\]{}]*)\n *\]")
 DIGITS = 6
+_STATISTICS = ("mean", "n", "sd", "low", "high")  # of `over_seeds`
 
 
 class Stored(dict[str, Any]):
@@ -80,7 +87,8 @@ def put(
         File name without suffix.
     values : dict
         Flat: numbers (numpy's included), strings, bools, None, lists and arrays of them. Floats
-        keep six significant digits; NaN and infinities become null, which JSON can hold.
+        keep six significant digits; NaN and infinities become null, which JSON can hold. What
+        `over_seeds` returns is kept as its values by seed.
     root : path
         The folder; made if absent.
     provenance : dict
@@ -109,10 +117,14 @@ def put(
             f"values of {experiment!r} are nested under {nested[:3]}; expected a flat dict, with "
             "keys such as 'svae+.mcc'"
         )
-    return write_json(
-        Path(root) / f"{experiment}.json",
-        {"values": plain(values), "provenance": plain(provenance)},
-    )
+    by_seed = {key for key in values if f"{key}.n" in values}
+    derived = {f"{key}.{name}" for key in by_seed for name in _STATISTICS}
+    parts = {
+        "by_seed": {key: values[key] for key in by_seed},
+        "values": {key: value for key, value in values.items() if key not in by_seed | derived},
+        "provenance": provenance,
+    }
+    return write_json(Path(root) / f"{experiment}.json", plain(parts))
 
 
 def get(experiment: str, *, root: str | Path) -> Stored:
@@ -139,7 +151,38 @@ def get(experiment: str, *, root: str | Path) -> Stored:
     if not path.exists():
         known = sorted(file.stem for file in path.parent.glob("*.json"))
         raise KeyError(f"no experiment {experiment!r} in {root}{nearest_known(experiment, known)}")
-    return Stored(experiment, **read_json(path))
+    found = read_json(path)
+    values = found["values"]
+    for key, by_seed in found.get("by_seed", {}).items():
+        values |= over_seeds(key, by_seed)
+    return Stored(experiment, values, found["provenance"])
+
+
+def over_seeds(key: str, by_seed: Sequence[float | int] | Real[Any, " seed"]) -> dict[str, Any]:
+    """Return the values of a score and what follows from them, as flat keys.
+
+    Parameters
+    ----------
+    key : str
+    by_seed : sequence of float, or array
+        One value per seed, finite.
+
+    Returns
+    -------
+    dict
+        ``key`` itself, ``.mean`` and ``.n``; from two seeds on also ``.sd``, ``.low`` and
+        ``.high`` (95 % t interval of the mean).
+
+    Raises
+    ------
+    ValueError
+        If there are no values, or not all are finite.
+    """
+    mean, low, high, n = metrics.interval(np.asarray(by_seed, dtype=float))
+    found = {"mean": mean, "n": n}
+    if n > 1:
+        found |= {"sd": float(np.std(by_seed, ddof=1)), "low": low, "high": high}
+    return {key: by_seed} | {f"{key}.{name}": value for name, value in found.items()}
 
 
 @contextlib.contextmanager

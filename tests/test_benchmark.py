@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from smslib import benchmark, ceilings, metrics, recipes, simulate, store, sweep
+from smslib import benchmark, ceilings, recipes, simulate, store, sweep
 
 TINY = {"arm": "smslib", "method": "svae+", "seed": 0, "n_cells": 8, "n_latent": 3}
 SHORT = TINY | {"max_epochs": 2}
@@ -288,12 +288,6 @@ def test_a_score_that_one_run_lacks_is_left_out_there(tmp_path):
     assert "smslib.vae.mcc.seeds" not in values
     assert values["smslib.vae.mcc"] == [0.1, 0.2]
     assert "smslib.svae+.f1" not in values
-
-
-def test_summaries_use_the_interval_of_the_metrics():
-    values = [0.1, 0.4, 0.2, 0.6]
-    low, high = (benchmark._summary("x", values)[f"x.{end}"] for end in ("low", "high"))
-    assert (low, high) == metrics.interval(values)[1:3]
 
 
 # ---------------------------------------------------------------- command line

@@ -586,7 +586,8 @@ class Second:
         self.folder, self.arm = folder, arm
 
     def stored(self, experiment):
-        return json.loads((self.folder / f"{experiment}.json").read_text())["values"]
+        content = json.loads((self.folder / f"{experiment}.json").read_text())
+        return content["values"] | content.get("by_seed", {})
 
     def seeds(self, values, prefix, method, score):
         return values.get(f"{prefix}.{method}.{score}.seeds", values[f"{prefix}.{method}.seeds"])
@@ -620,8 +621,8 @@ class Second:
         return found
 
     def names(self):
-        def summary(kind):
-            return lambda e, p, s, m: self.stored(e)[f"{p}.{m}.{s}.{kind}"] + 0.0
+        def runs(e, p, s, m):
+            return self.stored(e)[f"{p}.{m}.{s}"]
 
         return {
             "__builtins__": {},
@@ -630,7 +631,9 @@ class Second:
             "max": max,
             "all": lambda *items: all(items),
             "any": lambda *items: any(items),
-            **{kind: summary(kind) for kind in ("mean", "low", "high")},
+            "mean": lambda *names: np.mean(runs(*names)) + 0.0,
+            "low": lambda *names: student(runs(*names))[0] + 0.0,
+            "high": lambda *names: student(runs(*names))[1] + 0.0,
             "gain": lambda *names: min(test[0] for test in self.test(*names)),
             "gain_low": lambda *names: min(test[1] for test in self.test(*names)),
             "paper": lambda t, r, c: PUBLISHED[t]["rows"][r][c]["mean"],

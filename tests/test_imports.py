@@ -40,6 +40,7 @@ MAY_IMPORT = {
     **{name: set(CHAIN[:place]) for place, name in enumerate(CHAIN)},
     **{name: set() for name in ALONE},
     "newton": set(),
+    "store": {"metrics"},
     "sweep": set(CHAIN[: CHAIN.index("sweep")]) | {"store"},
     "simulate": {"data", "distributions", "lookalike"},
     "lookalike": {"data", "perturbseq"},

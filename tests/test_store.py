@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from smslib import store
 
@@ -29,7 +30,28 @@ def test_values_come_back_with_their_provenance(tmp_path):
     assert stored["svae+.mcc"] == 0.9
     assert len(stored) == 5
     assert stored.provenance == PROVENANCE
-    assert json.loads(path.read_text()) == {"values": values, "provenance": PROVENANCE}
+    content = {"by_seed": {}, "values": values, "provenance": PROVENANCE}
+    assert json.loads(path.read_text()) == content
+
+
+def test_the_values_by_seed_are_written_and_what_follows_from_them_is_computed(tmp_path):
+    scores = [0.25, 0.75, 0.875]
+    values = {"other": 1.5} | store.over_seeds("svae+.mcc", scores)
+    path = store.put("a", values, root=tmp_path, provenance=PROVENANCE)
+    stored = store.get("a", root=tmp_path)
+    assert json.loads(path.read_text())["by_seed"] == {"svae+.mcc": scores}
+    assert json.loads(path.read_text())["values"] == {"other": 1.5}
+    assert set(stored) == set(values)
+    assert stored["svae+.mcc"] == scores
+    assert stored["svae+.mcc.n"] == 3
+    assert stored["svae+.mcc.mean"] == pytest.approx(0.625)
+    assert stored["svae+.mcc.sd"] == pytest.approx(0.33072, rel=1e-4)
+    ends = stats.ttest_1samp(scores, 0.0).confidence_interval(0.95)
+    assert (stored["svae+.mcc.low"], stored["svae+.mcc.high"]) == pytest.approx(tuple(ends))
+
+
+def test_one_seed_has_no_interval():
+    assert store.over_seeds("x", np.array([2.0])) == {"x": [2.0], "x.mean": 2.0, "x.n": 1}
 
 
 def test_files_do_not_depend_on_the_order_of_keys(tmp_path):

@@ -13,7 +13,6 @@ judge it, and is judged once, not by arm. Until that is stored it is *not run he
 
 import ast
 import inspect
-import json
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -24,6 +23,8 @@ from typing import Any
 import numpy as np
 import yaml
 from scipy.special import stdtrit
+
+from smslib import store as results
 
 ARMS = {"released": "as released", "corrected": "corrected", "smslib": "smslib"}
 REPRODUCED, PARTLY, NOT = "reproduced", "partly", "not reproduced"
@@ -105,7 +106,7 @@ class Store:
             path = self.folder / f"{experiment}.json"
             if not path.is_file():
                 raise NotStored(NOT_YET, f"{experiment} is not stored")
-            self._experiments[experiment] = json.loads(path.read_text())["values"]
+            self._experiments[experiment] = results.get(experiment, root=self.folder)
         if (found := self._experiments[experiment].get(key)) is None:
             raise NotStored(NOT_RUN, f"{experiment} has no finite {key}")
         return found

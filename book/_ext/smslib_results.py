@@ -11,7 +11,7 @@ files that it reads: when only a result changes, its pages are rendered again.
 """
 
 import difflib
-import json
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
+
+from smslib import store
 
 RESULTS = "book/results"
 PAPER = "paper_values.yml"
@@ -84,10 +86,16 @@ def result(folder: Path, name: str, spec: str) -> tuple[str, str, Path]:
     if not path.is_file():
         known = {found.stem: None for found in folder.glob("*.json")}
         pick(known, experiment, where=f"{RESULTS} (experiments)")
-    stored = json.loads(path.read_text())
-    value = pick(stored["values"], key, where=path.name)
-    commit = (stored.get("provenance", {}).get("commit") or "unknown")[:10]
+    stored = _read(folder, experiment, path.stat().st_mtime_ns)
+    value = pick(stored, key, where=path.name)
+    commit = (stored.provenance.get("commit") or "unknown")[:10]
     return show(value, spec), f"our run, {path.name}: {key}, commit {commit}", path
+
+
+@functools.lru_cache
+def _read(folder: Path, experiment: str, changed: int) -> store.Stored:
+    """Read an experiment once for all that quote it, until its file is ``changed``."""
+    return store.get(experiment, root=folder)
 
 
 def split_cell(name: str) -> tuple[str, str, str]:
