@@ -169,18 +169,13 @@ def regression(
     return metrics.out_of_fold(true, _log_counts(counts), folds=folds, seed=seed)
 
 
-def shuffle_labels(
-    condition: Int[Any, " cell"], *, seed: int = 0, order: Int[Any, " cell"] | None = None
-) -> Int[np.ndarray, " cell"]:
+def shuffle_labels(condition: Int[Any, " cell"], *, seed: int) -> Int[np.ndarray, " cell"]:
     """Deal the labels anew over the cells, as many of each condition as before.
 
     Parameters
     ----------
     condition : array of int, (n_cells,)
     seed : int
-        Draws the order in which they are dealt.
-    order : array of int, (n_cells,), optional
-        The order itself, a permutation drawn elsewhere.
 
     Returns
     -------
@@ -193,9 +188,7 @@ def shuffle_labels(
     """
     condition = np.asarray(condition)
     _checked_condition(condition, condition.size)
-    if order is None:
-        return np.random.default_rng(seed).permutation(condition)
-    return condition[np.asarray(order)]
+    return np.random.default_rng(seed).permutation(condition)
 
 
 def _log_counts(counts: object) -> Float[np.ndarray, "cell gene"]:

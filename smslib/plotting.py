@@ -28,7 +28,6 @@ __all__ = [
     "SINGLE",
     "Look",
     "cloud",
-    "clustered",
     "curves",
     "densities",
     "graph",
@@ -612,49 +611,6 @@ def shifts(shift: Real[np.ndarray, "target latent"], *, ax: Axes | None = None) 
     ax.set(xlabel="target", ylabel="latent")
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(visible=False)
-    return ax
-
-
-@style()
-def clustered(
-    gates: Real[np.ndarray, "target latent"],
-    *,
-    targets: Sequence[str],
-    rows: Int[np.ndarray, " target"],
-    columns: Int[np.ndarray, " latent"],
-    labels: Int[np.ndarray, " target"],
-    groups: Sequence[str | None] | None = None,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw a gate matrix in the order of its clusters, with a line between them.
-
-    Parameters
-    ----------
-    gates : array, (n_targets, n_latent)
-        Probabilities of open gates.
-    targets : sequence of str, length n_targets
-    rows, columns : array of int
-        The targets and the latents in the order in which to draw them.
-    labels : array of int, (n_targets,)
-        Cluster of each target, in the order of ``gates``.
-    groups : sequence of str or None, length n_targets, optional
-        What is known of each target, written beside its name.
-    ax : Axes, optional
-
-    Returns
-    -------
-    Axes
-        Targets top to bottom, latents along x under their own numbers.
-    """
-    known = [None] * len(targets) if groups is None else groups
-    names = [
-        f"{target} ({group})" if group else target
-        for target, group in zip(targets, known, strict=True)
-    ]
-    ax = graph(gates[np.ix_(rows, columns)], targets=[names[row] for row in rows], ax=ax)
-    for place in np.flatnonzero(np.diff(labels[rows])):
-        ax.axhline(place + 0.5, color="black", linewidth=0.8)
-    ax.set_xticks(range(len(columns)), [str(column) for column in columns])
     return ax
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 
-from smslib import controls, metrics, perturbseq, recipes, store, sweep
+from smslib import metrics, perturbseq, recipes, store, sweep
 from smslib.data import Cells, Design, from_anndata, split_cells
 from smslib.evaluate import iwelbo, latents
 from smslib.model import SMSVAE
@@ -186,14 +186,9 @@ def nulls() -> tuple[str, ...]:
 
 
 def shuffle_labels(cells: Cells, *, seed: int) -> Cells:
-    """Return the cells with their conditions permuted, so that no condition has an effect.
-
-    As `smslib.controls.shuffle_labels`, in the order of torch's generator, which the stored runs
-    were dealt in.
-    """
+    """Return the cells with their conditions permuted, so that no condition has an effect."""
     order = torch.randperm(len(cells), generator=torch.Generator().manual_seed(seed))
-    dealt = controls.shuffle_labels(cells.condition.cpu(), order=order)
-    return Cells(cells.counts, torch.from_numpy(dealt).to(cells.device))
+    return Cells(cells.counts, cells.condition[order.to(cells.device)])
 
 
 def shifts(model: SMSVAE) -> Float[np.ndarray, "target latent"]:

@@ -144,11 +144,6 @@ def test_shuffled_labels_keep_the_cells_per_condition(seed, counts):
     assert np.bincount(shuffled).tolist() == counts
 
 
-def test_labels_may_be_dealt_in_a_given_order():
-    condition = np.array([3, 1, 2])
-    assert controls.shuffle_labels(condition, order=np.array([2, 0, 1])).tolist() == [2, 3, 1]
-
-
 def test_shuffled_labels_say_nothing(screen):
     counts, condition, z, _ = screen
     shuffled = controls.shuffle_labels(condition, seed=0)

@@ -26,7 +26,7 @@ CHAIN = (
     "sweep",
     "benchmark",
 )
-LEAVES = {"files", "names"}  # all may import these, and these import nothing
+LEAVES = {"files", "names", "untrusted"}  # all may import these, and these import nothing
 ALONE = {
     "enumeration",
     "gauge",
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "sweep": set(CHAIN[: CHAIN.index("sweep")]) | {"store"},
     "simulate": {"data", "distributions", "lookalike"},
     "lookalike": {"data", "perturbseq"},
+    "batches": {"data"},
     "lookalike_file": {"data", "lookalike"},
     "sources": set(),
     "streaming": {"data"},
@@ -54,7 +55,7 @@ MAY_IMPORT = {
     "ceilings": {"data", "metrics", "model", "simulate"},
     "benchmark": set(CHAIN) | ALONE | {"ceilings", "controls", "simulate", "studies"},
     "controls": {"metrics"},
-    "screens": set(CHAIN) - {"benchmark"} | ALONE | {"controls", "perturbseq"},
+    "screens": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq"},
     # programs_study: for its command line alone
     "programs": {"data", "evaluate", "metrics", "model", "newton", "programs_study"},
     "programs_study": set(CHAIN) - {"benchmark"} | ALONE | {"programs", "screens"},

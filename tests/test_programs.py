@@ -737,33 +737,6 @@ def test_both_kinds_of_programs_tell_the_same(planted_screen):
 # ---------------------------------------------------------------- figures
 
 
-def test_clusters_are_drawn_in_their_order_with_lines_between():
-    gates = np.array([[0.9, 0.1], [0.0, 0.2], [0.8, 0.1]])
-    ax = plotting.clustered(
-        gates,
-        targets=["a", "b", "c"],
-        rows=np.array([1, 0, 2]),
-        columns=np.array([1, 0]),
-        labels=np.array([2, 1, 2]),
-        groups=["x", None, "y"],
-    )
-    (image,) = ax.get_images()
-    assert np.asarray(image.get_array()).tolist() == [[0.2, 0.0], [0.1, 0.9], [0.1, 0.8]]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["b", "a (x)", "c (y)"]
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "0"]
-    assert [line.get_ydata()[0] for line in ax.get_lines()] == [0.5]
-
-
-def test_clusters_need_no_groups():
-    order = np.arange(2)
-    gates = np.eye(2)
-    ax = plotting.clustered(
-        gates, targets=["a", "b"], rows=order, columns=order, labels=np.ones(2, dtype=int)
-    )
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b"]
-    assert len(ax.get_lines()) == 0
-
-
 def test_programs_are_white_at_zero():
     weights = np.array([[0.0, -2.0, 1.0], [0.5, 0.0, 0.0]])
     ax = plotting.programs(weights, genes=["A", "B", "C"], latents=["first", 7])
