@@ -372,9 +372,9 @@ def experiment(config: Config) -> dict[str, Any]:
     -------
     dict
         ``perturbations``, and lists of one value for each: ``n_adapted`` and ``n_scored`` cells;
-        per stage ``iwelbo_<stage>`` with its standard error ``.._sem``, and
-        ``gain_<stage>`` over ``before``, paired by cell, with ``.._sem`` (nats per cell, higher
-        is better; None where a stage does not apply); ``elbo_before``, ``elbo_after``. Means
+        ``iwelbo_before``, ``iwelbo_after``, ``elbo_before`` and ``elbo_after``; per stage
+        ``gain_<stage>`` in IWELBO over ``before``, paired by cell, with its standard error
+        ``.._sem`` (nats per cell, higher is better; None where a stage does not apply). Means
         over perturbations (at ``sizes`` over those with enough cells for the largest):
         ``i_nll_<stage>`` = -IWELBO, ``mean_gain_<stage>``, and ``mean_short_<stage>``, what it
         lacks of the gain of ``after`` on the same perturbations.
@@ -528,9 +528,11 @@ def _scores(stages: Mapping[str, _Stage], scoring: Cells, parts: Split) -> dict[
     scores: dict[str, Any] = {}
     bounds = _bounds(stages, scoring)
     for name, stage in stages.items():
-        scores |= _by_perturbation(f"iwelbo_{name}", bounds[name], parts, stage.applies)
+        level = _by_perturbation("iwelbo", bounds[name], parts, stage.applies)["iwelbo"]
         chosen = [held in stage.averaged for held in parts.held]
-        scores[f"i_nll_{name}"] = -_mean(scores[f"iwelbo_{name}"], chosen)
+        scores[f"i_nll_{name}"] = -_mean(level, chosen)
+        if name in ("before", "after"):  # elsewhere the gain tells it
+            scores[f"iwelbo_{name}"] = level
         if name != "before":
             gain = bounds[name].astype(float) - bounds["before"]
             scores |= _by_perturbation(f"gain_{name}", gain, parts, stage.applies)
