@@ -142,6 +142,7 @@ def test_data_settings_reach_the_simulator(monkeypatch):
     data = {
         "mechanism": {"density": 0.2, "effect": 2.0},
         "held_out": {"density": 0.9},
+        "violation": {"escape": 0.2},
         "normaliser": "genes",
         "with_replacement": False,
         "n_targets": 40,
@@ -150,6 +151,7 @@ def test_data_settings_reach_the_simulator(monkeypatch):
         benchmark.recover(TINY | data)
     assert seen["mechanism"] == simulate.Mechanism(density=0.2, effect=2.0)
     assert seen["held_out"] == (20, simulate.Mechanism(density=0.9))
+    assert seen["violation"] == simulate.Violation(escape=0.2)
     assert (seen["normaliser"], seen["with_replacement"]) == ("genes", False)
     assert (seen["n_targets"], seen["n_cells_per_condition"], seen["n_latent"]) == (40, 8, 3)
     assert seen["as_released"]

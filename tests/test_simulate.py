@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import softmax
+from scipy.special import gammaln, logsumexp, softmax
 from scipy.stats import (
     binom,
     binomtest,
@@ -21,7 +21,7 @@ from scipy.stats import (
 )
 
 from smslib import metrics, simulate
-from smslib.simulate import Mechanism
+from smslib.simulate import Mechanism, Violation
 
 SMALL = {"n_cells_per_condition": 20, "n_targets": 30, "n_latent": 6, "n_genes": 45}
 
@@ -354,6 +354,180 @@ def test_held_out_cells_share_the_released_normaliser():
     np.testing.assert_allclose(rate.sum(0), 1e6, rtol=1e-4)
     assert (screen.graph[20:].double().mean() - 0.9).abs() < 0.1
     assert screen.graph[:20].sum(1).max() <= 3
+
+
+# ---------------------------------------------------------------- violations
+
+MANY = {"n_cells_per_condition": 300, "n_targets": 20, "n_latent": 5, "n_genes": 40}
+
+
+def broken(**violation):
+    return simulate.sparse_shift(**MANY, as_released=True, violation=Violation(**violation))
+
+
+def residuals(screen):
+    return screen.z - screen.shift[screen.cells.condition]
+
+
+@pytest.mark.parametrize("as_released", [False, True])
+def test_a_violation_of_nothing_draws_the_same_screen(as_released):
+    plain = simulate.sparse_shift(**SMALL, as_released=as_released)
+    same = simulate.sparse_shift(**SMALL, as_released=as_released, violation=Violation())
+    assert fingerprint(same) == fingerprint(plain)
+    np.testing.assert_allclose(
+        simulate.oracle_log_prob(same, same.cells[:3], observed_library=True),
+        simulate.oracle_log_prob(plain, plain.cells[:3], observed_library=True),
+        rtol=1e-9,
+    )
+
+
+@pytest.mark.parametrize("name", ["correlation", "side_effect", "variance", "escape", "batch"])
+def test_a_violation_leaves_the_intended_targets_and_their_order_alone(name):
+    plain, other = broken(), broken(**{name: 0.4})
+    assert torch.equal(other.graph, plain.graph)
+    assert torch.equal(other.cells.condition, plain.cells.condition)
+    assert not torch.equal(other.cells.counts, plain.cells.counts)
+
+
+def test_correlated_latents_have_the_correlation_and_variance_one():
+    found = np.cov(residuals(broken(correlation=0.7)).T)
+    np.testing.assert_allclose(found, 0.3 * np.eye(5) + 0.7, atol=0.06)
+
+
+def test_side_effects_reach_every_latent_and_no_edge():
+    screen, plain = broken(side_effect=0.5), broken()
+    side = (screen.shift - plain.shift)[1:].numpy().ravel()
+    assert kstest(side, norm(0, 0.5).cdf).pvalue > 0.01
+    assert (screen.shift[0] == 0).all()
+    assert residuals(screen).std() == pytest.approx(1, abs=0.02)
+
+
+def test_edges_in_the_variance_leave_the_mean():
+    screen = broken(variance=0.5)
+    only_wide = screen.graph & (screen.shift[1:] == 0)
+    assert 0.25 < only_wide.sum() / screen.graph.sum() < 0.75
+    for target in range(20):
+        scatter = residuals(screen)[screen.cells.condition == target + 1].std(0)
+        expected = 1 + 2 * only_wide[target].double()
+        np.testing.assert_allclose(scatter, expected, rtol=0.2)
+    assert (broken(variance=1.0).shift == 0).all()
+
+
+def test_escaped_cells_are_as_the_control():
+    screen = broken(escape=0.3)
+    far = screen.shift.abs().max(1).values[screen.cells.condition] > 4
+    nearer = screen.z[far].norm(dim=1) < residuals(screen)[far].norm(dim=1)
+    assert binomtest(int(nearer.sum()), len(nearer), 0.3).pvalue > 0.01
+    assert screen.z[far][nearer].std() == pytest.approx(1, abs=0.03)
+
+
+def test_every_cell_is_of_one_of_four_batches():
+    screen = broken(batch=0.5)
+    assert screen.noise.fold.std() == pytest.approx(0.5, abs=0.1)
+    rates = [
+        replace(screen.decoder, fold=fold).log_rate(screen.z).exp() for fold in screen.noise.fold
+    ]
+    misfit = torch.stack([(screen.cells.counts - rate).square() / rate for rate in rates])
+    batch = misfit.mean(-1).argmin(0)
+    assert chisquare(batch.bincount()).pvalue > 0.01
+    assert misfit.mean(-1).min(0).values.mean() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("as_released", [False, True])
+def test_the_jacobian_is_autograds_in_a_batch(as_released):
+    screen = simulate.sparse_shift(
+        **SMALL, as_released=as_released, violation=Violation(batch=0.5)
+    )
+    decoder, z = replace(screen.decoder, fold=screen.noise.fold[1]), screen.z[0].double()
+    expected = torch.autograd.functional.jacobian(decoder.log_rate, z).T
+    np.testing.assert_allclose(decoder.jacobian(z), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "violation",
+    [
+        {"correlation": 0.8, "side_effect": 0.5},
+        {"variance": 1.0},
+        {"escape": 0.4},
+        {"batch": 0.3},
+        {"correlation": 0.5, "variance": 0.5, "escape": 0.3, "batch": 0.2},
+    ],
+)
+def test_the_oracle_knows_what_is_broken(violation):
+    """Two latents, against a grid; the density of the latents is written a second time."""
+    screen = simulate.sparse_shift(
+        n_cells_per_condition=500,
+        n_targets=5,
+        n_latent=2,
+        n_genes=40,
+        as_released=True,
+        violation=Violation(**violation),
+    )
+    cells = screen.cells.of(torch.tensor([2]))[:12]
+    axis = np.linspace(-10, 10, 501)
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    r, escape = violation.get("correlation", 0), violation.get("escape", 0)
+    covariance = [
+        np.outer(sd, sd) * np.array([[1, r], [r, 1]]) for sd in screen.noise.spread.numpy()
+    ]
+    fates = ((1 - escape, screen.shift[2], covariance[2]), (escape, [0, 0], covariance[0]))
+    prior = sum(share * multivariate_normal(mean, cov).pdf(grid) for share, mean, cov in fates)
+    counts, expected = cells.counts.double().numpy(), []
+    for fold in screen.noise.fold:
+        raw = network(screen, grid) / screen.decoder.temperature + fold.numpy()
+        log_rate = screen.decoder.log_total + raw - screen.decoder.log_normaliser.numpy()
+        expected.append(
+            counts @ log_rate.T
+            - np.exp(log_rate).sum(1)
+            - gammaln(counts + 1).sum(1, keepdims=True)
+            + np.log(prior / len(screen.noise.fold))
+        )
+    log_joint = logsumexp(expected, axis=0)
+    evidence = logsumexp(log_joint, axis=1) + 2 * np.log(axis[1] - axis[0])
+    found = simulate.oracle(screen, cells)
+    np.testing.assert_allclose(found.log_prob, evidence, atol=0.3)
+    assert (found.log_prob.numpy() - evidence).mean() == pytest.approx(0, abs=0.05)
+    np.testing.assert_allclose(found.mean, softmax(log_joint, 1) @ grid, atol=0.08)
+
+
+def test_the_floor_of_a_library_sums_over_the_kinds_of_cells():
+    """Kinds that do not differ leave the floor as it is, up to its own draws."""
+    screen = simulate.sparse_shift(
+        **MANY,
+        as_released=True,
+        mechanism=Mechanism(effect=1e-6, effect_sd=0.0),
+        violation=Violation(escape=0.4),
+    )
+    alike = replace(screen.noise, fold=torch.zeros(4, 40, dtype=torch.float64))
+    floors = [
+        simulate.oracle_log_prob(
+            replace(screen, noise=noise), screen.cells[:8], observed_library=True, n_draws=2000
+        )
+        for noise in (None, alike)
+    ]
+    np.testing.assert_allclose(*floors, atol=0.5)
+
+
+def test_restriction_keeps_the_scatter_of_each_condition():
+    screen = broken(variance=0.5)
+    part = simulate.restrict(screen, ["7", "3"])
+    assert torch.equal(part.noise.spread, screen.noise.spread[[0, 8, 4]])
+    assert part.noise.escape == screen.noise.escape
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"correlation": 1.0}, r"correlation=1.0; expected a share in \[0, 1\)"),
+        ({"escape": -0.1}, r"escape=-0.1; expected a share in \[0, 1\)"),
+        ({"variance": 1.1}, r"variance=1.1; expected a share of edges in \[0, 1\]"),
+        ({"side_effect": -1.0}, "side_effect=-1.0; expected a standard deviation of at least 0"),
+        ({"batch": float("nan")}, "batch=nan; expected a standard deviation"),
+    ],
+)
+def test_impossible_violations(given_, message):
+    with pytest.raises(ValueError, match=message):
+        Violation(**given_)
 
 
 # ---------------------------------------------------------------- truth

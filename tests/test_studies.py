@@ -1,5 +1,7 @@
 """The studies: that every table of the paper is asked for, with every method, as it says."""
 
+from dataclasses import fields
+
 import pytest
 
 from smslib import benchmark, simulate, sweep
@@ -22,6 +24,7 @@ def test_every_configuration_is_one_that_a_run_understands(name):
         assert set(config.get("changes", ())) <= set(CHANGES)
         for part in ("mechanism", "held_out"):
             simulate.Mechanism(**config.get(part, {}))
+        simulate.Violation(**config.get("violation", {}))
         assert len(sweep.run_id(config)) == 12
 
 
@@ -78,6 +81,15 @@ def test_table_settings_by_hand():
     assert (fitted, new) == ("{'density': 0.5}", "{'density': 0.7}")
     assert {c["n_latent"] for c in configs("table8")} == {5}
     assert {c["sparsity"] for c in STUDIES["figure4"]()["alpha40"] if "sparsity" in c} == {40.0}
+
+
+def test_violations_come_one_at_a_time_and_are_compared_with_none():
+    study, table1 = STUDIES["violations"](), {sweep.run_id(c) for c in configs("table1")}
+    assert {sweep.run_id(config) for config in study.pop("none")} <= table1
+    broken = [config["violation"] for config in sweep.chain(*study.values())]
+    assert all(len(violation) == 1 for violation in broken)
+    every = {field.name for field in fields(simulate.Violation)}
+    assert {name for violation in broken for name in violation} == every
 
 
 def test_the_waterfall_ends_at_our_recipe():
