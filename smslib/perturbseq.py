@@ -14,10 +14,8 @@ import shutil
 import sys
 import textwrap
 import warnings
-import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from lzma import LZMAError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smslib import sources
+from smslib import sources, untrusted
 from smslib.data import Design, why_not_counts
 from smslib.names import unknown_names
 from smslib.sources import SOURCES, GeneLists, Source, available, data_dir, fetch, gene_lists
@@ -59,16 +57,6 @@ __all__ = [
 CONTROL = "non-targeting"  # how guide-level screens name their controls
 
 _RDA = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"RDX", b"RDA")  # gzip, bzip2, xz, not compressed
-_NO_RDA = (  # what the parser raises on bytes that are no R data
-    EOFError,
-    IndexError,
-    LZMAError,
-    NotImplementedError,
-    OSError,
-    UserWarning,
-    ValueError,
-    zlib.error,
-)
 _LARGEST_UNIT = 16  # most UMIs that the smallest non-zero value of a cell may stand for
 
 
@@ -145,12 +133,22 @@ def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is not a whole .h5ad file.
+        If it is not a whole .h5ad file; or one that points at other files, or declares far more
+        than it holds (`smslib.untrusted`).
     """
     import anndata
 
     _check_h5ad(Path(path))
-    return anndata.read_h5ad(path, backed="r" if backed else None)
+    try:
+        adata = anndata.read_h5ad(path, backed="r" if backed else None)
+        if hasattr(adata.X, "check_format"):
+            adata.X.check_format()  # which neither anndata nor scipy does
+        return adata
+    except Exception as error:  # a bad file leads anndata to errors of all kinds
+        raise ValueError(
+            f"{path} is not an .h5ad file as AnnData.write_h5ad makes it "
+            f"({type(error).__name__}: {error}); copy or download it again"
+        ) from error
 
 
 def _check_h5ad(path: Path) -> None:
@@ -165,7 +163,8 @@ def _check_h5ad(path: Path) -> None:
     try:
         with h5py.File(path) as file:
             held = set(file)
-    except OSError as error:
+            untrusted.check_hdf5(file)
+    except (OSError, RuntimeError, KeyError) as error:  # h5py has all of them for damage
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is cut short or damaged ({error}); copy or "
             "download it again"
@@ -190,11 +189,24 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def _read_papalexi(path: Path) -> AnnData:
+    screen = _parse_rda(path)["lowmoi_example_data"]
+    try:
+        return _papalexi(screen)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not hold a screen as the published file does ({type(error).__name__}: "
+            f"{error}); download it again"
+        ) from error
+
+
+def _papalexi(screen: Mapping[str, Any]) -> AnnData:
     from anndata import AnnData
 
-    screen = _parse_rda(path)["lowmoi_example_data"]
     counts, genes = screen["response_matrix"]
     guide_counts, guides = screen["grna_matrix"]
+    n_cells = {len(screen["extra_covariates"]), counts.shape[1], guide_counts.shape[1]}
+    if len(n_cells) > 1:
+        raise ValueError(f"the parts of the screen have {sorted(n_cells)} cells; expected as many")
     return AnnData(
         X=_umis(counts.T.tocsr(), "response_matrix"),
         obs=_numbered_cells(screen["extra_covariates"]["bio_rep"]),
@@ -209,13 +221,14 @@ def _parse_rda(path: Path) -> Mapping[str, Any]:
 
     if not _beginning(path).startswith(_RDA):
         raise ValueError(f"{path} begins with {_beginning(path)!r}; expected an .rda file")
+    untrusted.check_packed(path)
     classes = {"dgTMatrix": _r_sparse, "dgCMatrix": _r_sparse}
     classes = {**rdata.conversion.DEFAULT_CLASS_MAP, **classes}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Unknown file type")  # and reads on regardless
             held = rdata.read_rda(path, constructor_dict=classes)
-    except _NO_RDA as error:
+    except Exception as error:  # bad bytes lead the parser to errors of all kinds
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is cut short or damaged "
             f"({type(error).__name__}: {error}); copy or download it again"

@@ -271,7 +271,7 @@ def _strength(
         default = alpha if method == "svae+" else 2.0 * (alpha - 1.0)
         return default if sparsity is None else sparsity
     strength = _LARGEST_IN_GRID if sparsity is None else sparsity
-    per_gate = len(cells) / (design.n_targets * n_latent)
+    per_gate = len(cells) / max(1, design.n_targets * n_latent)  # 1: of controls alone
     return strength if method == "svae+" else strength * per_gate
 
 

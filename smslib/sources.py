@@ -56,6 +56,7 @@ _PAUSE = 1.0  # seconds before the second try, doubled before each later one
 _LARGE = 1 << 28  # bytes from which a verification is remembered instead of repeated
 _PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be better a moment later
 _LASTING = (socket.gaierror, ssl.SSLCertVerificationError, FileNotFoundError, PermissionError)
+_NOT_TYPED_IN = (ValueError, RecursionError, MemoryError)  # by the parser: too deep, too long
 _NO_ROOM = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 _Answer = http.client.HTTPResponse | urllib.response.addinfourl  # the latter from a file
@@ -894,12 +895,20 @@ def _gene_list_table(notebook: bytes) -> bytes:
     missing = {"string", "string_genes", *map(str.upper, TABLE_9)} - assigned.keys()
     if missing:
         raise ValueError(f"the notebook assigns no literal to {sorted(missing)}; expected lists")
+    unfit = [name for name in ("string", "string_genes") if not isinstance(assigned[name], str)]
+    unfit += [name for name in map(str.upper, TABLE_9) if not _is_symbols(assigned[name])]
+    if unfit:
+        raise ValueError(f"the notebook assigns to {unfit} what is no list of gene symbols")
     rows = [
         *_numbered(assigned["string"], "perturbation_cluster", "cluster"),
         *_numbered(assigned["string_genes"], "gene_program", "program"),
         *(("pathway", name, gene) for name in TABLE_9 for gene in assigned[name.upper()]),
     ]
     return "".join("\t".join(row) + "\n" for row in [("list", "name", "symbol"), *rows]).encode()
+
+
+def _is_symbols(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
 
 
 def _numbered(text: str, kind: str, prefix: str) -> Iterator[tuple[str, str, str]]:
@@ -913,7 +922,7 @@ def _assigned(notebook: bytes) -> dict[str, Any]:
     try:
         cells = json.loads(notebook)["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"expected a Jupyter notebook, found {notebook[:40]!r}...") from error
     return {name: value for text in code for name, value in _literals(text)}
 
@@ -922,13 +931,13 @@ def _literals(code: str) -> Iterator[tuple[str, Any]]:
     """Yield names and values of the assignments that are plain literals."""
     try:
         statements = ast.parse(code).body
-    except SyntaxError:  # a cell of magics
+    except (SyntaxError, *_NOT_TYPED_IN):  # a cell of magics, or nothing that a person typed
         return
     for statement in statements:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             try:
                 value = ast.literal_eval(statement.value)
-            except (ValueError, TypeError):  # computed, not typed in
+            except (TypeError, *_NOT_TYPED_IN):  # computed
                 continue
             yield statement.targets[0].id, value
 

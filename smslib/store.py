@@ -45,6 +45,7 @@ __all__ = [
 # A bracket before a line break is no part of a string, which has none.
 _INNERMOST_LIST = re.compile(r"\[\n([^\[\]{}]*)\n *\]")
 DIGITS = 6
+_LONGEST_NAME = 200  # of an experiment; file systems take 255 bytes
 _STATISTICS = ("mean", "n", "sd", "low", "high")  # of `over_seeds`
 
 
@@ -124,7 +125,7 @@ def put(
         "values": {key: value for key, value in values.items() if key not in by_seed | derived},
         "provenance": provenance,
     }
-    return write_json(Path(root) / f"{experiment}.json", plain(parts))
+    return write_json(_file(root, experiment), plain(parts))
 
 
 def get(experiment: str, *, root: str | Path) -> Stored:
@@ -145,17 +146,33 @@ def get(experiment: str, *, root: str | Path) -> Stored:
     KeyError
         If the experiment is not stored; the nearest names are listed.
     ValueError
-        If the file is not JSON.
+        If the file is not JSON, or not an experiment, or the name is one of another folder.
     """
-    path = Path(root) / f"{experiment}.json"
+    path = _file(root, experiment)
     if not path.exists():
         known = sorted(file.stem for file in path.parent.glob("*.json"))
         raise KeyError(f"no experiment {experiment!r} in {root}{nearest_known(experiment, known)}")
     found = read_json(path)
-    values = found["values"]
-    for key, by_seed in found.get("by_seed", {}).items():
+    parts = {name: found.get(name, {}) for name in ("values", "by_seed", "provenance")}
+    unfit = [name for name, part in parts.items() if not isinstance(part, dict)]
+    if unfit or not {"values", "provenance"} <= found.keys():
+        raise ValueError(
+            f"{path} is not an experiment; expected values and provenance in it, each by key"
+        )
+    values = parts["values"]
+    for key, by_seed in parts["by_seed"].items():
         values |= over_seeds(key, by_seed)
-    return Stored(experiment, values, found["provenance"])
+    return Stored(experiment, values, parts["provenance"])
+
+
+def _file(root: str | Path, experiment: str) -> Path:
+    """Return the file of an experiment, which no name can put into another folder."""
+    if Path(experiment).name != experiment or len(experiment) > _LONGEST_NAME:
+        raise ValueError(
+            f"experiment {experiment[:99]!r} is not the name of a file; expected one without "
+            f"folders, of at most {_LONGEST_NAME} characters"
+        )
+    return Path(root) / f"{experiment}.json"
 
 
 def over_seeds(key: str, by_seed: Sequence[float | int] | Real[Any, " seed"]) -> dict[str, Any]:
@@ -253,19 +270,22 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON file.
+    """Read a JSON file that holds one object.
 
     Raises
     ------
     ValueError
-        If the file is not JSON; it is named.
+        If the file is not JSON, or holds something else; it is named.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bad bytes, numbers and nesting, too
         raise ValueError(
             f"{path} is not JSON ({error}); delete it and compute it again"
         ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}; expected a JSON object")
+    return found
 
 
 def write_json(path: str | Path, payload: Mapping[str, Any]) -> Path:

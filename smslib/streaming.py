@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
-from smslib import files
+from smslib import files, untrusted
 from smslib.data import why_not_counts
 
 if TYPE_CHECKING:
@@ -104,15 +104,22 @@ def cut(
         annotation has another length; or a value is not a count (it is said how that shows).
     OSError
         If the disk is full, or will be.
+
+    Notes
+    -----
+    Processes that write the same ``out`` take turns (not on Windows): the first one makes it, and
+    the others then find that it exists.
     """
     path, out = Path(path), absent(out)
     with opened(path) as file:
-        layout = _layout(file, path, block)
+        with _damage_explained(path):
+            layout = _layout(file, path, block)
         rows = _positions(cells, layout.shape[0], "cells")
         columns = _positions(genes, layout.shape[1], "genes")
         obs = _annotation(obs, file["obs"], rows, "obs")
         var = _annotation(var, file["var"], columns, "var")
-        plan = _Plan.of(layout, rows, columns, block)
+        with _damage_explained(path):
+            plan = _Plan.of(layout, rows, columns, block)
         _check_room(out, layout, plan)
         with (
             _full_disk_explained(out),
@@ -142,12 +149,14 @@ def opened(path: Path) -> Iterator[h5py.File]:
         raise FileNotFoundError(f"{path} does not exist; fetch it or correct the name")
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as HDF5 ({error}); it is cut "
             "short or another kind of file. Expected an .h5ad: fetch it again"
         ) from error
     with file:
+        with _damage_explained(path):
+            untrusted.check_hdf5(file)
         missing = [name for name in ("X", "obs", "var") if name not in file]
         if missing:
             raise ValueError(
@@ -160,6 +169,20 @@ def opened(path: Path) -> Iterator[h5py.File]:
                 "anndata and write it again"
             )
         yield file
+
+
+@contextlib.contextmanager
+def _damage_explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say that a file is damaged, whatever that led its readers to."""
+    try:
+        yield
+    except (MemoryError, OSError, ValueError):
+        raise
+    except Exception as error:  # a bad file leads its readers to errors of all kinds
+        raise ValueError(
+            f"{path} is damaged, or not as anndata writes it ({type(error).__name__}: {error}); "
+            "fetch it again"
+        ) from error
 
 
 def _positions(chosen: np.ndarray, size: int, what: str) -> Int[np.ndarray, " chosen"]:
@@ -233,12 +256,12 @@ def annotations(group: h5py.Group, positions: np.ndarray) -> pd.DataFrame:
     """Read the chosen rows of ``obs`` or ``var``, column by column; unused categories go."""
     import pandas as pd
 
-    index = pd.Index(np.asarray(column(group, group.attrs["_index"]))[positions])
-
     def chosen(name: str) -> Any:  # noqa: ANN401 (array, categorical, ...)
         return pd.Series(column(group, name)).iloc[positions].array
 
-    frame = pd.DataFrame({name: chosen(name) for name in columns(group)}, index=index)
+    with _damage_explained(group.file.filename):
+        index = pd.Index(np.asarray(column(group, group.attrs["_index"]))[positions])
+        frame = pd.DataFrame({name: chosen(name) for name in columns(group)}, index=index)
     for name in frame.select_dtypes("category"):
         frame[name] = frame[name].cat.remove_unused_categories()
     return frame
@@ -250,7 +273,8 @@ def simulated(file: h5py.File) -> dict[str, Any]:
 
     if "simulated" not in file.get("uns", ()):
         return {}
-    return {"simulated": read_elem(file["uns"]["simulated"])}
+    with _damage_explained(file.filename):
+        return {"simulated": read_elem(file["uns"]["simulated"])}
 
 
 # ------------------------------------------------------------------------------------- layouts
@@ -406,6 +430,7 @@ class _Compressed:
         across = self.shape[1] if self.by_cell else self.shape[0]
         read = (self.values[start:stop], self.indices[start:stop], indptr)
         run = sparse.csr_matrix(read, shape=(len(indptr) - 1, across))
+        run.check_format()  # else scipy trusts positions that lead out of the matrix
         run = run if len(rows) == run.shape[0] else run[rows - first]
         return run if len(columns) == across else run[:, columns]
 
@@ -516,19 +541,47 @@ def fingerprint(path: Path, cells: np.ndarray, genes: np.ndarray, block: int) ->
 @contextlib.contextmanager
 def _parts(out: Path, made_of: Mapping[str, Any]) -> Iterator[Path]:
     """Lend the folder of finished parts; it outlives only what a repetition can mend."""
-    folder = out.with_name(out.name + ".part")
-    manifest = folder / "manifest.json"
-    if not manifest.exists() or json.loads(manifest.read_text()) != made_of:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with files.whole(manifest) as draft:
-            draft.write_text(json.dumps(made_of))
-    try:
-        yield folder
-    except ValueError:
+    with _alone_in(out.with_name(out.name + ".part")) as folder:
+        _begin(folder, made_of)
+        try:
+            absent(out)  # another process may have been faster
+            yield folder
+        except (FileExistsError, ValueError):
+            shutil.rmtree(folder)
+            raise
         shutil.rmtree(folder)
-        raise
-    shutil.rmtree(folder)
+
+
+def _begin(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Leave in the folder nothing but parts of this very cut."""
+    manifest = folder / "manifest.json"
+    if manifest.exists() and manifest.read_text() == json.dumps(made_of):
+        return
+    for stale in folder.iterdir():
+        stale.unlink()
+    with files.whole(manifest) as draft:
+        draft.write_text(json.dumps(made_of))
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[Path]:
+    """Make a folder, wait until no other process works in it, and keep others waiting."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # let go by the system if a process dies
+            if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+                yield folder
+                return
+        finally:
+            os.close(handle)
 
 
 def _write_parts(folder: Path, layout: _Layout, plan: _Plan, *, path: Path, label: str) -> None:
@@ -574,8 +627,9 @@ def _write_part(part: Path, layout: _Layout, plan: _Plan, tile: _Tile, path: Pat
     """Read a tile, check it and store it band by band."""
     cells, genes = plan.cells[tile.cells], plan.genes[tile.genes]
     try:
-        block = layout.read(cells, genes)
-    except OSError as error:
+        with _damage_explained(path):
+            block = layout.read(cells, genes)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read between cells {cells[0]:,} and {cells[-1]:,} ({error}); the "
             "file is damaged: fetch it again"

@@ -197,6 +197,9 @@ def run(
     ------
     IndexError
         If an index is not one of the study's.
+    OSError
+        If a file cannot be written: the disk is full, the folder is read-only. What had finished
+        is stored; an executor reports it as a lost run.
     RuntimeError
         If the executor lost runs (a worker was killed, the task cannot be pickled, ...). What
         had finished is stored.
@@ -620,10 +623,11 @@ def _record(task: Task, config: Config, root: Path) -> Path | None:
     if path.exists():  # another process on the same study was faster
         return path
     try:
-        store.write_json(path, _measured(task, config))
+        entry = _measured(task, config)
     except Exception as error:  # noqa: BLE001 - one crashed run must not stop the others
         store.write_json(error_path, _crash(config, error))
         return None
+    store.write_json(path, entry)  # not in the try: a full disk is no crash of the task
     error_path.unlink(missing_ok=True)
     return path
 
@@ -735,7 +739,8 @@ def _raise_if_lost(lost: Mapping[str, Exception], n_runs: int) -> None:
 
 def _row(path: Path) -> dict[str, Any]:
     entry = store.read_json(path)
-    if not {"config", "result", "provenance"} <= entry.keys():
+    parts = [entry.get(name) for name in ("config", "result", "provenance")]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(
             f"{path} is not a run; expected config, result and provenance in it. Keep other "
             "files elsewhere"

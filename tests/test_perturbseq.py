@@ -308,6 +308,7 @@ def fake_rda(monkeypatch):
 
     monkeypatch.setattr("rdata.read_rda", read_rda)
     monkeypatch.setattr(perturbseq, "_beginning", lambda _path: b"RDX3")
+    monkeypatch.setattr("smslib.untrusted.check_packed", lambda _path: None)
     return values
 
 
