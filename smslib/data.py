@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 
+_LARGEST_COUNT = 2**24  # the largest up to which float32 holds every integer
+
+
 @dataclass(frozen=True, eq=False)
 class Design:
     """Which targets each experimental condition perturbs.
@@ -202,9 +205,10 @@ def from_anndata(
     KeyError
         If ``perturbation_key`` or ``layer`` does not exist; the nearest names are listed.
     ValueError
-        If the control is absent; a label is missing; cell or gene names repeat; a condition has no
-        cells; a count is NaN, negative or not an integer (the first such cell and gene are named);
-        or a cell has no UMIs.
+        If the control is absent; a label, or a target in it, is missing; cell or gene names, or
+        the column of labels, repeat; a condition has no cells; a count is NaN, negative or not an
+        integer (the first such cell and gene are named), or above 2**24, where single precision
+        ends to hold integers; the matrix holds no real numbers; or a cell has no UMIs.
     """
     labels = _labels(adata, perturbation_key, control)
     _refuse_repeats("adata.obs_names", adata.obs_names)
@@ -368,6 +372,8 @@ def _labels(adata: anndata.AnnData, key: str, control: str) -> np.ndarray:
             f"perturbation_key {key!r} is not in adata.obs{nearest_known(key, adata.obs)}"
         )
     column = adata.obs[key]
+    if column.ndim > 1:
+        raise ValueError(f"adata.obs has {column.shape[1]} columns {key!r}; keep one of them")
     if column.isna().any():
         first = adata.obs_names[int(np.argmax(column.isna()))]
         raise ValueError(
@@ -375,7 +381,7 @@ def _labels(adata: anndata.AnnData, key: str, control: str) -> np.ndarray:
             f"{first!r}; drop these cells or label them"
         )
     if hasattr(column, "cat"):
-        empty = sorted(set(column.cat.categories) - set(column.unique()))
+        empty = sorted(set(column.cat.categories) - set(column.unique()), key=str)
         if empty:
             raise ValueError(
                 f"conditions without cells: {empty[:5]}; call "
@@ -403,7 +409,11 @@ def _counts(adata: anndata.AnnData, layer: str | None) -> np.ndarray | scipy.spa
     counts = adata.X if layer is None else adata.layers[layer]
     if counts is None:
         raise ValueError(f"adata.X is empty; pass layer=, one of {list(adata.layers)}")
-    return sparse.csr_matrix(counts) if sparse.issparse(counts) else np.asarray(counts)
+    if not sparse.issparse(counts):
+        return np.asarray(counts)
+    if hasattr(counts, "check_format"):
+        counts.check_format()  # scipy trusts the positions, of a damaged file, too
+    return sparse.csr_matrix(counts)
 
 
 def _check_counts(
@@ -411,15 +421,22 @@ def _check_counts(
 ) -> None:
     """Raise a ValueError that names the first entry which is not a count."""
     values = counts if isinstance(counts, np.ndarray) else counts.data
+    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{where} holds values of type {values.dtype}; expected real numbers")
     bad = _no_count(values)
     if bad.any():
         cell, gene = _first(bad, counts)
-        where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
         others = [name for name in (None, *adata.layers) if name != layer]
         raise ValueError(
             f"{where} holds {counts[cell, gene]} for cell {adata.obs_names[cell]!r}, gene "
             f"{adata.var_names[gene]!r}; expected raw counts (non-negative integers). Noticed: "
             f"{why_not_counts(counts)}. Pass layer= if they are elsewhere (available: {others})"
+        )
+    if values.max(initial=0) > _LARGEST_COUNT:
+        raise ValueError(
+            f"{where} holds {values.max():.8g}; expected counts up to {_LARGEST_COUNT:,}, which "
+            "single precision holds exactly"
         )
     empty = np.asarray(counts.sum(1)).ravel() == 0
     if empty.any():
@@ -453,6 +470,12 @@ def _design(labels: np.ndarray, control: str, sep: str) -> Design:
         for name in conditions
     ]
     targets = sorted({part for names in parts for part in names})
+    if "" in targets:
+        nameless = [name for name, found in zip(conditions, parts, strict=True) if "" in found]
+        raise ValueError(
+            f"conditions {nameless[:5]} have a target without a name; correct the labels, or pass "
+            f"another sep= than {sep!r}"
+        )
     matrix = torch.zeros(len(conditions), len(targets))
     column = {name: index for index, name in enumerate(targets)}
     for row, names in enumerate(parts):

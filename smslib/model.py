@@ -6,9 +6,11 @@ prior alone, so that a perturbation can act on the genes only through the latent
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smslib import files
+from smslib import files, untrusted
 from smslib.data import Cells, Design, seeded
 from smslib.distributions import Moments, NegativeBinomial, kl_to_shifted_normal
 from smslib.newton import log_rate_and_jacobian, newton_step
@@ -318,14 +320,21 @@ class SMSVAE(nn.Module):
     def save(self, path: str | os.PathLike) -> None:
         """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
 
-        Each file is written under a name of its own and moved into place.
+        Each file is written under a name of its own and moved into place. The configuration, the
+        second, holds the checksum of the weights, so that `load` takes no two halves for a model.
+
+        Raises
+        ------
+        OSError
+            If they cannot be written: the disk is full, the folder is read-only.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         with files.whole(folder / "weights.pt") as draft:
-            torch.save(self._state(), draft)
+            _write(self._state(), draft)
+            config = {**self._config(), "weights_sha256": _digest(draft)}
         with files.whole(folder / "config.json") as draft:
-            draft.write_text(json.dumps(self._config(), indent=1))
+            draft.write_text(json.dumps(config, indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> SMSVAE:
@@ -335,16 +344,40 @@ class SMSVAE(nn.Module):
         ------
         FileNotFoundError
             If ``path`` holds no saved model.
+        ValueError
+            If its files are damaged, do not belong together, or do not hold what they declare.
+            Nothing in them is run, and they take no more memory than their size lets expect.
         """
         folder = Path(path)
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"{folder} holds no saved model (config.json is missing)")
-        config = json.loads((folder / "config.json").read_text())
-        state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
+        for name in ("config.json", "weights.pt"):
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"{folder} holds no saved model ({name} is missing)")
+        try:
+            model = cls._rebuilt(*_saved(folder))
+        except OSError:
+            raise
+        except Exception as error:  # bad files lead to errors of all kinds
+            raise ValueError(
+                f"{folder} does not hold a whole model ({type(error).__name__}: {error}); save it "
+                "or copy it again"
+            ) from error
+        return model.to(device).eval()
+
+    @classmethod
+    def _rebuilt(cls, config: dict, state: dict[str, Tensor]) -> SMSVAE:
+        """Build the model of a configuration, after a look at what its weights would be."""
         design = Design(tuple(config["conditions"]), tuple(config["targets"]), state.pop("design"))
+        depths = (config["model"].get(name) or 1 for name in ("n_layers", "n_layers_decoder"))
+        if max(depths) > len(state):
+            raise ValueError("more layers than weights")
+        with torch.device("meta"):  # shapes without memory
+            planned = cls(_prior(config, design), **config["model"]).state_dict()
+        shapes = ({name: part.shape for name, part in each.items()} for each in (planned, state))
+        if next(shapes) != next(shapes):
+            raise ValueError("the weights are not those of the configuration")
         model = cls(_prior(config, design), **config["model"])
         model.load_state_dict(state)
-        return model.to(device).eval()
+        return model
 
     def _state(self) -> dict[str, Tensor]:
         return {**self.state_dict(), "design": self.prior.dose}
@@ -358,6 +391,34 @@ class SMSVAE(nn.Module):
             "slab": [type(slab).__name__, slab.options()],
             "gate": [type(gate).__name__, gate.options()],
         }
+
+
+def _saved(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Read configuration and weights, without running or unpacking anything in them."""
+    path = folder / "weights.pt"
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("weights_sha256") not in (None, _digest(path)):  # None: of before there was one
+        raise ValueError("configuration and weights are of two savings")
+    untrusted.check_stored_zip(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if any(part.nbytes > part.untyped_storage().nbytes() for part in state.values()):
+        raise ValueError("a weight declares more numbers than it has")
+    return config, state
+
+
+def _write(state: dict[str, Tensor], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # torch's word for a full disk, too
+        free = files.size_text(shutil.disk_usage(path.parent).free)
+        raise OSError(
+            f"the weights cannot be written into {path.parent}, where {free} are free; what was "
+            "saved there before is kept"
+        ) from error
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _prior(config: dict, design: Design) -> ShiftPrior:
