@@ -13,7 +13,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test html notebooks full bench speed lint clean distclean lock
+.PHONY: help book test html links notebooks full bench speed lint clean distclean lock
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name does; \
@@ -30,6 +30,9 @@ test: $(READY) lint ## Check everything: style, stored outputs, package, rendere
 html: $(READY) ## Render the committed outputs, running nothing
 	@$(PIPELINE) html
 
+links: $(READY) ## Ask the book's external links whether they still answer
+	@$(PIPELINE) links
+
 notebooks: $(READY) ## Run the notebooks (quick profile) and refresh the committed outputs
 	@$(PIPELINE) refresh
 
@@ -44,9 +47,10 @@ speed: $(READY) ## Measure speed on this machine: fits, and cuts of large files 
 	@$(PY) tests/benchmarks/bench_core.py --out book/results
 	@$(PY) tests/benchmarks/prepare_speed.py --out book/results
 
-lint: $(READY) ## Check the style of the code
+lint: $(READY) ## Check the style of the code, and spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib
 
 clean: ## Remove everything built, keep .venv
 	rm -rf _build build .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 from nbformat import v4
-from pipeline import pages, rules
+from pipeline import links, pages, rules
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [source.stem for source in pages.sources(ROOT)]
@@ -37,6 +37,7 @@ def test_the_table_of_contents_lists_every_notebook():
 
 SOURCE_RULES = [
     rules.cell_lengths,
+    rules.prose,
     rules.cell_content,
     rules.tags,
     rules.execution,
@@ -186,6 +187,10 @@ def notebook(*sources, count=1, outputs=(), **metadata):
     return v4.new_notebook(cells=cells)
 
 
+def told(text, code):
+    return v4.new_notebook(cells=[v4.new_markdown_cell(text), v4.new_code_cell(code)])
+
+
 def page(body):
     return BeautifulSoup(f"<article class='bd-article'>{body}</article>", "html.parser")
 
@@ -203,6 +208,8 @@ def stream(text):
     [
         (rules.cell_lengths, notebook("x = 1\n" * 26), "26 lines"),
         (rules.cell_lengths, notebook("x = 1\n" * 9, "x = 1\n" * 9), "median"),
+        (rules.prose, notebook("x = 1\n# y\n\nz = 2"), "0 words for 2 lines"),
+        (rules.prose, told("one two $a$ three four five six seven", "x"), "7 words for 1 lines"),
         (rules.cell_content, notebook("class A: pass"), "class A"),
         (rules.cell_content, notebook(LONG_DEF), "f has 9 lines"),
         (rules.cell_content, notebook("%time\nx = 'https://a.b'"), "URL"),
@@ -231,6 +238,7 @@ def test_a_rule_catches(rule, bad, says):
     ("rule", "good"),
     [
         (rules.cell_content, notebook("%matplotlib inline\ndef f():\n    return 1")),
+        (rules.prose, told("```python\nf(x)\n```\n" + "word " * 8, "x = 1")),
         (rules.private_paths, notebook("x", outputs=[stream("5 / 7 and a/b")])),
         (rules.alternative_texts, page("<img alt='Bars of five methods, the last one highest.'>")),
         (
@@ -259,6 +267,30 @@ def test_broken_links_and_anchors_are_found(tmp_path):
         "a.html: b.html#no has no such anchor",
         "a.html: c.html does not exist",
     ]
+
+
+def answer(status, info=""):
+    uri = f"https://a.b/{status}"
+    return json.dumps({"filename": "book/x.md", "uri": uri, "status": status, "info": info})
+
+
+def test_a_dead_external_link_is_told_and_a_closed_door_is_not():
+    answers = [
+        answer("working"),
+        answer("redirected", "https://a.b/c"),
+        answer("broken", "404 Client Error: Not Found"),
+        answer("broken", "403 Client Error: Forbidden"),
+        answer("timeout", "no answer"),
+    ]
+    assert links.broken(answers) == [
+        "book/x.md: https://a.b/broken (404 Client Error: Not Found)",
+        "book/x.md: https://a.b/timeout (no answer)",
+    ]
+
+
+def test_links_that_cannot_be_collected_are_a_failure(tmp_path):
+    with pytest.raises(links.BrokenLinks, match="could not be collected"):
+        links.check_links(tmp_path, tmp_path)
 
 
 def test_the_readme_shows_a_figure_of_the_book(root):

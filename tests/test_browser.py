@@ -1,13 +1,18 @@
 """The rendered book as a reader sees it: in a browser, wide and narrow, without a network."""
 
 import functools
+import gzip
+import json
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 pytestmark = pytest.mark.xdist_group("book")
-WIDTHS = {"desktop": 1400, "phone": 390}
+WIDTHS = {"desktop": 1280, "phone": 390}
+MAX_WEIGHT = 1_500_000  # bytes of a page with all that it loads
+PACKED = {".html", ".css", ".js", ".svg"}  # what web servers compress
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -47,7 +52,29 @@ def visits(root, html, address, chromium):
             seen.pop("page").close()
             found[path.stem, width_name] = seen
         context.close()
+    record(pictures / "pages.json", found, html)
     return found
+
+
+def record(path, visits, html):
+    """Note bytes and milliseconds to the first paint, which depend on the machine: no test."""
+    facts = {
+        f"{name}, {width}": {"bytes": weight(html, seen["requests"]), "paint_ms": seen["paint"]}
+        for (name, width), seen in visits.items()
+    }
+    path.write_text(json.dumps(facts, indent=1))
+
+
+def weight(html, requests):
+    """Bytes that a page and all that it loads are over a wire."""
+    paths = {unquote(urlsplit(url).path).lstrip("/") for url in requests if "data:" not in url}
+    return sum(size(html / path) for path in paths)
+
+
+@functools.cache
+def size(path):
+    content = path.read_bytes()
+    return len(gzip.compress(content)) if path.suffix in PACKED else len(content)
 
 
 def visit(context, url):
@@ -75,6 +102,7 @@ MEASURE = """() => {
       .map(m => m.textContent),
     mathErrors: [...article.querySelectorAll('mjx-merror')].map(e => e.textContent),
     title: article.querySelector('h1').getBoundingClientRect().height,
+    paint: performance.getEntriesByName('first-contentful-paint')[0]?.startTime,
   };
 }"""
 
@@ -104,6 +132,12 @@ def test_no_page_scrolls_sideways(visits):
     assert {
         place: seen["overflow"] for place, seen in visits.items() if seen["overflow"] > 0
     } == {}
+
+
+def test_no_page_is_heavy(visits, html):
+    heavy = {name: weight(html, seen["requests"]) for (name, _), seen in visits.items()}
+    assert {name: size for name, size in heavy.items() if size > MAX_WEIGHT} == {}
+    assert min(heavy.values()) > 100_000, "the scripts were not counted"
 
 
 def test_images_are_shown_and_fit(visits):

@@ -1,10 +1,11 @@
-"""Command line of the pipeline: ``python -m pipeline execute|refresh|html``."""
+"""Command line of the pipeline: ``python -m pipeline execute|refresh|html|links``."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from pipeline.execute import NotebookFailed, execute_all
+from pipeline.links import BrokenLinks, check_links
 from pipeline.refresh import refresh
 from pipeline.render import RenderFailed, render
 from pipeline.stage import stage
@@ -32,15 +33,22 @@ def _html(arguments: argparse.Namespace) -> None:
     _say(f"open {render(source, ROOT)}")
 
 
+def _links(arguments: argparse.Namespace) -> None:
+    folder = ROOT / "_build" / "links"
+    stage(ROOT, folder / "src", None)
+    _say(f"{check_links(folder / 'src', folder)} external addresses answered")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pipeline", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for name, action in (("execute", _execute), ("refresh", _refresh), ("html", _html)):
+    actions = {"execute": _execute, "refresh": _refresh, "html": _html, "links": _links}
+    for name, action in actions.items():
         command = commands.add_parser(name)
         command.set_defaults(action=action)
-        if name != "refresh":
+        if name in ("execute", "html"):
             command.add_argument("--profile", choices=("quick", "full"), default=None)
-        if name != "html":
+        if name in ("execute", "refresh"):
             command.add_argument("--force", action="store_true", help="run what is up to date too")
     return parser
 
@@ -50,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     try:
         chosen.action(chosen)
-    except (NotebookFailed, RenderFailed) as failure:
+    except (NotebookFailed, RenderFailed, BrokenLinks) as failure:
         sys.stderr.write(f"{failure}\n")
         return 1
     return 0

@@ -37,9 +37,8 @@ def render(source: Path, output: Path) -> Path:
         return index
     build.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
-    command = [sys.executable, "-c", _JUPYTER_BOOK, "build", ".", *_FLAGS]
-    command += ["--path-output", str(output.resolve())]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    call = command(output, *_FLAGS)
+    done = subprocess.run(call, cwd=source, capture_output=True, text=True, check=False)
     log = build / "render.log"
     log.write_text(done.stdout + done.stderr)
     if done.returncode != 0:
@@ -48,6 +47,12 @@ def render(source: Path, output: Path) -> Path:
         raise RenderFailed(message)
     files.write_atomic(stamp, print_.encode())
     return index
+
+
+def command(output: Path, *options: str) -> list[str]:
+    """Return the call of Jupyter Book that builds the working folder into ``output``."""
+    where = ["--path-output", str(output.resolve())]
+    return [sys.executable, "-c", _JUPYTER_BOOK, "build", ".", *options, *where]
 
 
 def fingerprint(folder: Path) -> str:

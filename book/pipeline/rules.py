@@ -14,6 +14,7 @@ from nbformat import NotebookNode
 MAX_CELL_LINES = 25
 MAX_MEDIAN_LINES = 8
 MAX_DEF_LINES = 8
+MIN_WORDS_PER_LINE = 8
 MIN_ALT, MAX_ALT = 20, 250
 MAX_NOTEBOOK_BYTES = 400_000
 TAGS = {
@@ -28,6 +29,9 @@ TAGS = {
     "remove-output",
 }
 _URL = re.compile(r"https?://")
+_SHOWN_CODE = re.compile(r"^(`{3,})(\{code|python|bash|text|\n).*?^\1", re.MULTILINE | re.DOTALL)
+_FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$]*\$", re.DOTALL)
+_WORD = re.compile(r"[^\W\d_][\w'’-]*")
 _HOME = re.compile(r"(?:/(?:home|root|Users|tmp|work|mnt|opt|usr)/|[A-Z]:\\\\?)[\w.-]+")
 _DECIMAL = re.compile(r"(?<![\w.])[-−]?\d*\.\d+(?![\w]|\.\d)|\d+(?:\.\d+)?\s?%|\d[eE][-−]\d")
 _NOT_PROSE = (
@@ -55,6 +59,17 @@ def cell_lengths(notebook: NotebookNode) -> list[str]:
     if lengths and median(lengths) > MAX_MEDIAN_LINES:
         found.append(f"median cell has {median(lengths):g} lines; at most {MAX_MEDIAN_LINES}")
     return found
+
+
+def prose(notebook: NotebookNode) -> list[str]:
+    """Find notebooks with fewer than eight words of prose for every line of code."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    words = sum(len(_WORD.findall(_FORMULA.sub("", _SHOWN_CODE.sub("", text)))) for text in texts)
+    written = [line.strip() for cell in code_cells(notebook) for line in cell.source.splitlines()]
+    lines = sum(bool(line) and not line.startswith("#") for line in written)
+    if words >= MIN_WORDS_PER_LINE * lines:
+        return []
+    return [f"{words} words for {lines} lines of code; at least {MIN_WORDS_PER_LINE} for each"]
 
 
 def cell_content(notebook: NotebookNode) -> list[str]:
