@@ -13,7 +13,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help book test html links notebooks full bench speed lint clean distclean lock
+.PHONY: help book test html links notebooks full bench speed torture lint clean distclean lock
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name does; \
@@ -46,6 +46,9 @@ bench: $(READY) ## Run what is missing of a study (EXPERIMENT=table1, table4, ..
 speed: $(READY) ## Measure speed on this machine: fits, and cuts of large files (benchmarks.json, prepare.json)
 	@$(PY) tests/benchmarks/bench_core.py --out book/results
 	@$(PY) tests/benchmarks/prepare_speed.py --out book/results
+
+torture: $(READY) ## Try to break everything: kills, hostile files, extreme numbers, planted faults (reliability.json)
+	@$(ONE_THREAD) $(PY) tests/torture/run.py --out book/results
 
 lint: $(READY) ## Check the style of the code, and spelling
 	$(PY) -m ruff check .
