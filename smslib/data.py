@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 __all__ = [
+    "Batches",
     "Cells",
     "Design",
     "first_of_each",
@@ -143,6 +144,11 @@ class Cells:
         return self.counts.sum(-1, keepdim=True)
 
     @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return self.counts.shape[0]
+
+    @property
     def device(self) -> torch.device:
         """Where the counts live."""
         return self.counts.device
@@ -154,7 +160,7 @@ class Cells:
 
     def __len__(self) -> int:
         """Return the number of cells."""
-        return self.counts.shape[0]
+        return self.n_cells
 
     def __getitem__(self, index: Tensor | slice | np.ndarray) -> Cells:
         """Return the chosen cells, in the order of ``index``."""
@@ -167,6 +173,22 @@ class Cells:
     def to(self, device: str | torch.device) -> Cells:
         """Return the cells on ``device``."""
         return Cells(self.counts.to(device), self.condition.to(device))
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Cells that come batch by batch, for screens that are too large to be one tensor.
+
+    Every iteration is one pass: it starts anew and gives each cell once, ``n_cells`` in all, on
+    the device of the model. The order is the loader's own affair; what is computed per cell comes
+    out in it. `smslib.batches` has two loaders.
+    """
+
+    n_cells: int
+
+    def __iter__(self) -> Iterator[Cells]:
+        """Start a pass."""
+        ...
 
 
 def from_anndata(
@@ -210,6 +232,34 @@ def from_anndata(
         integer (the first such cell and gene are named), or above 2**24, where single precision
         ends to hold integers; the matrix holds no real numbers; or a cell has no UMIs.
     """
+    counts, condition, design = checked(
+        adata, perturbation_key=perturbation_key, control=control, layer=layer, sep=sep
+    )
+    return Cells(torch.from_numpy(_dense(counts)), condition), design
+
+
+def checked(
+    adata: anndata.AnnData,
+    *,
+    perturbation_key: str,
+    control: str,
+    layer: str | None,
+    sep: str,
+) -> tuple[np.ndarray | scipy.sparse.csr_matrix, Int[Tensor, " cell"], Design]:
+    """Return counts, dense or CSR, conditions and design, checked: the door of `from_anndata`.
+
+    Parameters
+    ----------
+    adata : AnnData
+    perturbation_key, control : str
+    layer : str, optional
+    sep : str
+
+    Raises
+    ------
+    KeyError, ValueError
+        As in `from_anndata`.
+    """
     labels = _labels(adata, perturbation_key, control)
     _refuse_repeats("adata.obs_names", adata.obs_names)
     _refuse_repeats("adata.var_names", adata.var_names)
@@ -218,23 +268,36 @@ def from_anndata(
     design = _design(labels, control, sep)
     row = {name: index for index, name in enumerate(design.conditions)}
     condition = np.fromiter((row[name] for name in labels), dtype=np.int64, count=len(labels))
-    return Cells(torch.from_numpy(_dense(counts)), torch.from_numpy(condition)), design
+    return counts, torch.from_numpy(condition), design
 
 
 def minibatches(
-    cells: Cells, batch_size: int, *, generator: torch.Generator | None = None, smallest: int = 1
+    cells: Cells | Batches,
+    batch_size: int,
+    *,
+    generator: torch.Generator | None = None,
+    smallest: int = 1,
 ) -> Iterator[Cells]:
     """Yield batches by slicing tensors; shuffled when a generator is given, in order otherwise.
 
     Parameters
     ----------
-    cells : Cells
+    cells : Cells or Batches
+        Batches are passed on as they come: their size and order are the loader's.
     batch_size : int
     generator : torch.Generator, optional
         A CPU generator, so that the order does not depend on the device.
     smallest : int
         A trailing batch of fewer cells is left out (batch normalisation needs a few cells).
+
+    Raises
+    ------
+    ValueError
+        If a pass over Batches has not given the ``n_cells`` cells that it promised.
     """
+    if not isinstance(cells, Cells):
+        yield from (batch for batch in _whole_pass(cells) if len(batch) >= smallest)
+        return
     n_cells = len(cells)
     order = None
     if generator is not None:
@@ -350,6 +413,19 @@ def why_not_counts(counts: np.ndarray | scipy.sparse.csr_matrix) -> str:
             if len(sums) > 1 and np.isfinite(sums).all() and np.ptp(sums) < 1e-3 * abs(sums[0]):
                 return f"{noticed}; every cell adds up to {sums[0]:.6g}: these are {kind} counts"
     return noticed
+
+
+def _whole_pass(batches: Batches) -> Iterator[Cells]:
+    """Yield the batches of one pass, and refuse one that lost or repeated cells."""
+    seen = 0
+    for batch in batches:
+        seen += len(batch)
+        yield batch
+    if seen != batches.n_cells or not seen:
+        raise ValueError(
+            f"a pass over the batches gave {seen} cells, their n_cells is {batches.n_cells}; "
+            "every iteration has to start anew (a generator does not) and give each cell once"
+        )
 
 
 def _no_count(values: np.ndarray) -> np.ndarray:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smslib.data import Cells, Design, minibatches, seeded
+from smslib.data import Batches, Cells, Design, minibatches, seeded
 from smslib.distributions import Moments
 from smslib.model import SMSVAE
 
@@ -29,17 +31,18 @@ __all__ = ["by_condition", "elbo", "iwelbo", "latents"]
 
 # A chunk's activations (draws x genes) fit a core's cache, and are enough for a matrix product.
 _FLOATS_PER_CHUNK, _SMALLEST_CHUNK = 2**17, 128
+_BATCHES_AHEAD = 32  # read before their turn, so that no thread waits
 
 
 def elbo(
-    model: SMSVAE, cells: Cells, *, batch_size: int = 1024, seed: int = 0
+    model: SMSVAE, cells: Cells | Batches, *, batch_size: int = 1024, seed: int = 0
 ) -> Float[np.ndarray, " cell"]:
     """Return the evidence lower bound of each cell at one draw of z, nats, without the penalty.
 
     Parameters
     ----------
     model : SMSVAE
-    cells : Cells
+    cells : Cells or Batches
     batch_size : int
     seed : int
         Of the draws.
@@ -50,7 +53,7 @@ def elbo(
 
 
 def latents(
-    model: SMSVAE, cells: Cells, *, batch_size: int = 4096
+    model: SMSVAE, cells: Cells | Batches, *, batch_size: int = 4096
 ) -> Float[np.ndarray, "cell latent"]:
     """Return the posterior means of z, in prior standard deviations.
 
@@ -64,7 +67,7 @@ def latents(
 
 def iwelbo(
     model: SMSVAE,
-    cells: Cells,
+    cells: Cells | Batches,
     *,
     n_draws: int = 1000,
     batch_size: int = 128,
@@ -81,7 +84,7 @@ def iwelbo(
     Parameters
     ----------
     model : SMSVAE
-    cells : Cells
+    cells : Cells or Batches
     n_draws : int
         T. The paper says 5,000; the released code uses 1,000.
     batch_size : int
@@ -97,14 +100,18 @@ def iwelbo(
     """
     if n_draws < 1:
         raise ValueError(f"n_draws is {n_draws}; expected at least one draw")
-    seeds = np.random.SeedSequence(seed).generate_state(len(cells)).tolist()
-    parts = [slice(start, start + batch_size) for start in range(0, len(cells), batch_size)]
-    with _evaluating(model), _workers(cells.device) as pool:
-        jobs = [pool.submit(_bounds, model, cells[part], seeds[part], n_draws) for part in parts]
-        return _numpy(torch.cat([job.result() for job in jobs]))
+    seeds = iter(np.random.SeedSequence(seed).generate_state(cells.n_cells).tolist())
+    with _evaluating(model), _workers(model.device) as pool:
+        jobs = (
+            pool.submit(_bounds, model, batch, list(islice(seeds, len(batch))), n_draws)
+            for batch in minibatches(cells, batch_size)
+        )
+        return _numpy(torch.cat(list(_results(jobs))))
 
 
-def by_condition(values: Float[np.ndarray, " cell"], cells: Cells, design: Design) -> pd.DataFrame:
+def by_condition(
+    values: Float[np.ndarray, " cell"], cells: Cells | Batches, design: Design
+) -> pd.DataFrame:
     """Return mean, standard error and number of cells of every condition.
 
     No condition is dropped: one without cells has n = 0 and a mean of NaN, one with a single cell
@@ -112,7 +119,11 @@ def by_condition(values: Float[np.ndarray, " cell"], cells: Cells, design: Desig
     """
     import pandas as pd
 
-    names = pd.Categorical.from_codes(cells.condition.cpu().numpy(), categories=design.conditions)
+    if isinstance(cells, Cells):
+        condition = cells.condition
+    else:
+        condition = torch.cat([batch.condition for batch in minibatches(cells, cells.n_cells)])
+    names = pd.Categorical.from_codes(condition.cpu().numpy(), categories=design.conditions)
     groups = pd.Series(values).groupby(names, observed=False)
     table = groups.agg(["mean", "sem", "count"])
     return table.set_axis(["mean", "standard_error", "n"], axis=1).rename_axis("condition")
@@ -169,6 +180,16 @@ def _log_weights(
     """Return log p(x, z | c) / q(z | x) of draws for one cell, without the constant."""
     weights = log_likelihood(torch.addcmul(proposal.mean, proposal.scale, noise))
     return weights.addmv_(noise.square(), proposal.square).addmv_(noise, proposal.linear)
+
+
+def _results(jobs: Iterable[Future]) -> Iterator[Tensor]:
+    """Yield results in order; a few jobs are made before they are asked for, not all at once."""
+    waiting: deque[Future] = deque()
+    for job in jobs:
+        waiting.append(job)
+        if len(waiting) > _BATCHES_AHEAD:
+            yield waiting.popleft().result()
+    yield from (job.result() for job in waiting)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smslib import files, untrusted
-from smslib.data import Cells, Design, seeded
+from smslib.data import Batches, Cells, Design, minibatches, seeded
 from smslib.distributions import Moments, NegativeBinomial, kl_to_shifted_normal
 from smslib.newton import log_rate_and_jacobian, newton_step
 from smslib.priors import GATES, METHODS, SLABS, Estimator, ShiftPrior
@@ -33,7 +33,7 @@ Activation = Literal["relu", "leaky_relu"]
 _SLOPES = {"leaky_relu": 0.2, "relu": 0.0}  # below zero
 _SMALLEST_SPREAD = 1e-2  # of log counts: a constant gene must not become noise
 _STEPS_IN_EVALUATION = 4  # further ones move nothing
-_SMALLEST_VARIANCE = 1e-4  # of q(z | x), as released
+SMALLEST_VARIANCE = 1e-4  # of q(z | x), as released
 
 
 class Terms(NamedTuple):
@@ -225,12 +225,12 @@ class SMSVAE(nn.Module):
         """Number of latents."""
         return self.options["n_latent"]
 
-    def standardise(self, cells: Cells) -> None:
+    def standardise(self, cells: Cells | Batches) -> None:
         """Give the encoder log counts with mean 0 and variance 1 over these cells.
 
         Parameters
         ----------
-        cells : Cells
+        cells : Cells or Batches
             Those that the model is going to be fitted on.
 
         Raises
@@ -238,20 +238,32 @@ class SMSVAE(nn.Module):
         ValueError
             If there are no cells, or they have other genes in number than the model.
         """
+        if isinstance(cells, Cells):
+            logs = self._logs(cells)
+            centre, spread = logs.mean(0), logs.std(0, correction=0)
+        else:
+            # Sums in double precision, from which a variance can be had in one pass.
+            logs = (self._logs(batch).double() for batch in minibatches(cells, cells.n_cells))
+            sums = [torch.stack([part.sum(0), part.square().sum(0)]) for part in logs]
+            centre, square = sum(sums) / cells.n_cells
+            spread = (square - centre.square()).clamp(min=0.0).sqrt()
+        self.centre.copy_(centre)
+        self.spread.copy_(spread.clamp(min=_SMALLEST_SPREAD))
+
+    def _logs(self, cells: Cells) -> Float[Tensor, "cell gene"]:
+        """Return the log counts of cells to standardise by, checked."""
         if len(cells) == 0 or cells.n_genes != self.n_genes:
             raise ValueError(
                 f"got {len(cells)} cells of {cells.n_genes} genes to standardise by; expected the "
                 f"training cells, at least one, of the model's {self.n_genes} genes"
             )
-        logs = cells.counts.log1p()
-        self.centre.copy_(logs.mean(0))
-        self.spread.copy_(logs.std(0, correction=0).clamp(min=_SMALLEST_SPREAD))
+        return cells.counts.log1p()
 
     def encode(self, counts: Float[Tensor, "cell gene"]) -> Moments:
         """Return the encoder's mean and variance of z, from the counts alone."""
         hidden = self.encoder((counts.log1p() - self.centre) / self.spread)
         mean, log_variance = self.posterior(hidden).chunk(2, dim=-1)
-        return Moments(mean, log_variance.exp() + _SMALLEST_VARIANCE)
+        return Moments(mean, log_variance.exp() + SMALLEST_VARIANCE)
 
     def infer(self, cells: Cells) -> Moments:
         """Return mean and variance of q(z | x), or of q(z | x, c) if ``newton``.

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
+from torch.nn import Parameter
 from tqdm import tqdm
 
 from smslib import parallel
-from smslib.data import Cells, minibatches, seeded
+from smslib.data import Batches, Cells, minibatches, seeded
 from smslib.model import SMSVAE, Terms
 
 if TYPE_CHECKING:
@@ -145,10 +147,10 @@ def objective(
 
 def fit(
     model: SMSVAE,
-    cells: Cells,
+    cells: Cells | Batches,
     config: TrainConfig | None = None,
     *,
-    validation: Cells | None = None,
+    validation: Cells | Batches | None = None,
     group: distributed.ProcessGroup | None = None,
     progress: bool = True,
 ) -> History:
@@ -157,10 +159,11 @@ def fit(
     Parameters
     ----------
     model : SMSVAE
-    cells : Cells
-        Training cells, on the device of the model.
+    cells : Cells or Batches
+        Training cells, on the device of the model. Of Batches, every epoch is one pass, in the
+        loader's order and batches, which must not be larger than ``config.batch_size``.
     config : TrainConfig, optional
-    validation : Cells, optional
+    validation : Cells or Batches, optional
         Same conditions, other cells: for early stopping and for the choice of the best weights.
     group : ProcessGroup, optional
         Processes (started by ``torchrun``) that share every batch out among them. Each calls this
@@ -176,14 +179,15 @@ def fit(
     ------
     ValueError
         If cells and model disagree in device, genes or conditions; counts are not finite;
-        ``patience`` is given without validation cells; or processes disagree.
+        batches are too large or a pass over them has not ``n_cells`` cells; ``patience`` is given
+        without validation cells; or processes disagree.
     FloatingPointError
         At the first loss that is not finite; the term that broke is named.
     """
     config = config or TrainConfig()
-    for name, part in (("cells", cells), ("validation", validation)):
-        if part is not None:
-            _check(model, part, name)
+    cells = _checked(model, cells, "cells", config.batch_size)
+    if validation is not None:
+        validation = _checked(model, validation, "validation", validation.n_cells)
     if config.patience is not None and validation is None:
         raise ValueError(
             "patience is set but there are no validation cells; pass validation= or patience=None"
@@ -191,7 +195,8 @@ def fit(
     rank = 0
     if group is not None:
         rank = group.rank()
-        parallel.check(model, (len(cells), len(validation or ()), config), group)
+        n_validation = validation.n_cells if validation is not None else 0
+        parallel.check(model, (cells.n_cells, n_validation, config), group)
     newton = model.newton
     try:
         with seeded(config.seed + rank):
@@ -204,14 +209,15 @@ def fit(
 
 def _loop(
     model: SMSVAE,
-    cells: Cells,
+    cells: Cells | Batches,
     config: TrainConfig,
-    validation: Cells | None,
+    validation: Cells | Batches | None,
     group: distributed.ProcessGroup | None,
     progress: bool,
 ) -> History:
     shared = model if group is None else parallel.SharedOut(model, group)
-    optimizer = _Optimizer(model, config)
+    matrices = _matrices(model) if config.optimizer == "muon" else []
+    optimizer = _Optimizer(model.parameters(), config, matrices=matrices)
     order = torch.Generator().manual_seed(config.seed)
     history, best, newton = History(), _Best(config), model.newton
     n_draws = _draws(config, config.epochs - 1)
@@ -236,7 +242,7 @@ def _loop(
 
 def _epoch(
     model: SMSVAE | parallel.SharedOut,
-    cells: Cells,
+    cells: Cells | Batches,
     config: TrainConfig,
     optimizer: _Optimizer,
     order: torch.Generator,
@@ -245,18 +251,14 @@ def _epoch(
 ) -> dict[str, float]:
     """Visit every training cell once; return the means of the terms."""
     model.train()
-    n_cells, n_steps = len(cells), math.ceil(len(cells) / config.batch_size)
-    warm = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
-    weights = {
-        "kl_weight": config.beta * warm,
-        "penalty_weight": warm if config.warm_penalty else 1.0,
-    }
+    n_cells, n_steps = cells.n_cells, math.ceil(cells.n_cells / config.batch_size)
+    weights = _weights(config, epoch)
     n_draws = _draws(config, epoch)
     scale = n_cells if config.loss_scale == "screen" else 1
     seen = []
     batches = minibatches(cells, config.batch_size, generator=order, smallest=min(3, n_cells))
     for step, batch in enumerate(batches):
-        optimizer.set_rate(epoch + step / n_steps)
+        optimizer.set_rate(epoch + min(1.0, step / n_steps))
         terms = model(batch, n_draws=n_draws)
         optimizer.zero_grad()
         (scale * objective(terms, n_cells=n_cells, **weights)).backward()
@@ -289,7 +291,7 @@ def _summary(steps: Float[Tensor, "step term"], epoch: int) -> dict[str, float]:
 @torch.no_grad()
 def _validate(
     model: SMSVAE,
-    validation: Cells,
+    validation: Cells | Batches,
     config: TrainConfig,
     epoch: int,
     group: distributed.ProcessGroup | None,
@@ -299,16 +301,25 @@ def _validate(
     Processes of a group do the same work; they average, so that none of them stops alone.
     """
     model.eval()
-    total = torch.zeros(2, device=validation.device)
+    total = torch.zeros(2, device=model.device)
     with seeded(config.seed):
         for batch in minibatches(validation, 1024):
             terms = model(batch, n_draws=_draws(config, epoch))
             total += torch.stack([terms.reconstruction.sum(), terms.kl.sum()])
-    reconstruction, kl = (parallel.average(total, group) / len(validation)).tolist()
+    reconstruction, kl = (parallel.average(total, group) / validation.n_cells).tolist()
     return {
         "validation_reconstruction": reconstruction,
         "validation_kl": kl,
         "validation_elbo": reconstruction - kl,
+    }
+
+
+def _weights(config: TrainConfig, epoch: int) -> dict[str, float]:
+    """Return the weights of KL and penalty in an epoch."""
+    warm = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+    return {
+        "kl_weight": config.beta * warm,
+        "penalty_weight": warm if config.warm_penalty else 1.0,
     }
 
 
@@ -346,10 +357,15 @@ class _Best:
 class _Optimizer:
     """Adam, or Muon for the networks' matrices and Adam for the rest, on one schedule."""
 
-    def __init__(self, model: SMSVAE, config: TrainConfig) -> None:
-        matrices = _matrices(model) if config.optimizer == "muon" else []
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        config: TrainConfig,
+        *,
+        matrices: Sequence[Parameter] = (),
+    ) -> None:
         chosen = {id(parameter) for parameter in matrices}
-        others = [part for part in model.parameters() if id(part) not in chosen]
+        others = [part for part in parameters if id(part) not in chosen]
         adam = torch.optim.Adam(
             others,
             lr=config.learning_rate,
@@ -383,10 +399,42 @@ class _Optimizer:
             part.step()
 
 
-def _matrices(model: SMSVAE) -> list[torch.nn.Parameter]:
+def _matrices(model: SMSVAE) -> list[Parameter]:
     """Return the weights of every linear map that is to be trained."""
     maps = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
     return [part.weight for part in maps if part.weight.requires_grad]
+
+
+class _Checked:
+    """Batches that are checked in their first pass: later ones give the same cells."""
+
+    def __init__(self, batches: Batches, check: Callable[[Cells], None]) -> None:
+        self.batches, self.check, self.n_cells = batches, check, batches.n_cells
+        self.done = False
+
+    def __iter__(self) -> Iterator[Cells]:
+        for batch in self.batches:
+            if not self.done:
+                self.check(batch)
+            yield batch
+        self.done = True
+
+
+def _checked(model: SMSVAE, cells: Cells | Batches, name: str, largest: int) -> Cells | Batches:
+    """Refuse cells that do not fit the model, now or, batch by batch, in their first pass."""
+    if isinstance(cells, Cells):
+        _check(model, cells, name)
+        return cells
+
+    def check(batch: Cells) -> None:
+        _check(model, batch, name)
+        if len(batch) > largest:
+            raise ValueError(
+                f"{name} come in batches of {len(batch)} cells, but config.batch_size is "
+                f"{largest}; make them equal, because the schedule counts by it"
+            )
+
+    return _Checked(cells, check)
 
 
 def _check(model: SMSVAE, cells: Cells, name: str) -> None:

@@ -17,7 +17,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-UNLOCKED = {"dask", "ray"}  # engines of clusters, which neither book nor tests install
+UNLOCKED = {"dask", "loader", "ray"}  # engines, which neither book nor tests install
 ASKED = [
     Requirement(text)
     for part in (PROJECT["dependencies"], *(EXTRAS[name] for name in EXTRAS.keys() - UNLOCKED))

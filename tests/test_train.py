@@ -70,6 +70,19 @@ def test_the_same_seed_gives_the_same_bits():
     assert one.frame()[columns].equals(two.frame()[columns])
 
 
+def test_on_a_cpu_deterministic_algorithms_change_no_bit():
+    """They are on already: the option costs nothing there, and no operation lacks one."""
+    config = replace(QUICK, optimizer="muon", encoder_share=0.5, n_draws=3, weighted_share=0.3)
+    usual, _ = trained(config, model=make_model(newton=True))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        forced, _ = trained(config, model=make_model(newton=True))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert torch.equal(weights(usual), weights(forced))
+
+
 def test_another_seed_gives_other_weights():
     first, _ = trained()
     second, _ = trained(replace(QUICK, seed=1))
