@@ -75,14 +75,14 @@ class NegativeBinomial:
     ----------
     log_mean : Tensor, (..., n_cells, n_genes)
         Log of the mean in UMIs.
-    log_theta : Tensor, (n_genes,)
-        Log of the inverse dispersion.
+    log_theta : Tensor, (n_genes,) or (n_replicates, 1, n_genes)
+        Log of the inverse dispersion; of several models at once, each with its own counts.
     """
 
     def __init__(
         self,
         log_mean: Float[Tensor, "*draw cell gene"],
-        log_theta: Float[Tensor, " gene"],
+        log_theta: Float[Tensor, "*replicate gene"],
     ) -> None:
         self.log_mean = log_mean
         self.log_theta = log_theta
@@ -92,7 +92,9 @@ class NegativeBinomial:
         """Mean, UMIs."""
         return self.log_mean.exp()
 
-    def log_prob(self, x: Float[Tensor, "cell gene"]) -> Float[Tensor, "*draw cell gene"]:
+    def log_prob(
+        self, x: Float[Tensor, "*replicate cell gene"]
+    ) -> Float[Tensor, "*draw cell gene"]:
         """Return the log-pmf of the counts ``x``, nats."""
         kernel = _NegativeBinomialKernel.apply(x, self.log_mean, self.log_theta)
         return kernel - _count_constant(x)
@@ -146,10 +148,10 @@ def stirling_error(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def kl_to_shifted_normal(
-    mean: Float[Tensor, "cell latent"],
-    variance: Float[Tensor, "cell latent"],
+    mean: Float[Tensor, "*cell latent"],
+    variance: Float[Tensor, "*cell latent"],
     shift: Moments,
-) -> Float[Tensor, "cell latent"]:
+) -> Float[Tensor, "*cell latent"]:
     r"""Return :math:`E_s\, KL(N(m, v) \| N(s, 1))` in nats.
 
     The divergence is quadratic in s, so its expectation needs the first two moments of s and
@@ -210,12 +212,12 @@ def _stirling_slope(y: Tensor) -> Tensor:
 
 def _rise(
     function: Callable[[Tensor], Tensor],
-    y: Float[Tensor, "cell gene"],
-    theta: Float[Tensor, " gene"],
-) -> Float[Tensor, "cell gene"]:
+    y: Float[Tensor, "*replicate cell gene"],
+    theta: Float[Tensor, "*one gene"],
+) -> Float[Tensor, "*replicate cell gene"]:
     """Return function(y) - function(theta), in one call: a small tensor costs nearly as much."""
-    values = function(torch.cat([theta.unsqueeze(0), y]))
-    return values[1:] - values[0]
+    values = function(torch.cat([torch.atleast_2d(theta), y], dim=-2))
+    return values[..., 1:, :] - values[..., :1, :]
 
 
 def _polynomial(y: Tensor, coefficients: Sequence[float]) -> Tensor:

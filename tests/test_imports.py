@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "prepare": {"data", "perturbseq", "sources", "streaming"},
     "perturbseq": {"data", "prepare", "sources"},  # prepare: for its command line alone
     "estimator": set(CHAIN) - {"benchmark"} | ALONE,
+    "replicates": {"data", "distributions", "model", "train"},
     "studies": {"recipes", "sweep"},
     "ceilings": {"data", "metrics", "model", "simulate"},
     "benchmark": set(CHAIN) | ALONE | {"ceilings", "controls", "simulate", "studies"},
