@@ -222,9 +222,10 @@ def _rise(
 
 def _polynomial(y: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Return the polynomial with the given coefficients, lowest order first (Horner)."""
-    *lower, value = y.new_tensor(coefficients).unbind()
+    *lower, highest = y.new_tensor(coefficients).unbind()
+    value = torch.addcmul(lower.pop(), highest, y)
     for coefficient in reversed(lower):
-        value = torch.addcmul(coefficient, value, y)
+        torch.addcmul(coefficient, value, y, out=value)  # fresh memory would cost as much again
     return value
 
 
