@@ -97,7 +97,11 @@ MEASURE = """() => {
     overflow: document.documentElement.scrollWidth - window.innerWidth,
     article: article.getBoundingClientRect().width,
     unloaded: shown.filter(i => !(i.complete && i.naturalWidth)).map(i => i.src),
-    wide: shown.filter(i => i.getBoundingClientRect().right > window.innerWidth + 1).length,
+    wide: shown.filter(i => !i.matches('.cell_output .wide'))
+      .filter(i => i.getBoundingClientRect().right > window.innerWidth + 1).length,
+    small: shown.filter(i => i.naturalWidth > 800)
+      .filter(i => i.src.endsWith('.png') && i.getBoundingClientRect().width < 600)
+      .map(i => i.src),
     unset: [...article.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container'))
       .map(m => m.textContent),
     mathErrors: [...article.querySelectorAll('mjx-merror')].map(e => e.textContent),
@@ -143,6 +147,10 @@ def test_no_page_is_heavy(visits, html):
 def test_images_are_shown_and_fit(visits):
     assert collected(visits, "unloaded") == {}
     assert collected(visits, "wide") == {}
+
+
+def test_rows_of_panels_are_not_shrunk(visits):
+    assert collected(visits, "small") == {}
 
 
 def test_formulas_are_typeset(visits):

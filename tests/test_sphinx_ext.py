@@ -7,10 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import smslib_accessible as accessible
 import smslib_offline as offline
 import smslib_provenance as provenance
 import smslib_results as results
+import smslib_terms as terms
 from bs4 import BeautifulSoup
+from docutils import nodes
+from docutils.utils import new_document
 
 ROOT = Path(__file__).resolve().parents[1]
 one_worker = pytest.mark.xdist_group("sphinx")  # few builds serve all tests
@@ -320,3 +324,56 @@ def test_mathjax_is_copied_once(tmp_path):
     offline.copy_mathjax(offline.mathjax_folder(), tmp_path)
     assert (tmp_path / "tex-chtml.js").read_text() == "mine"
     assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) < 3_000_000
+
+
+# ------------------------------------------------------------------ terms of the glossary
+
+
+LINKS = {"VAE": "g#vae", "latent": "g#latent", "mean field": "g#field", "dead latent": "g#dead"}
+
+
+def linked(text):
+    """Terms that get a link in a paragraph of this text, and the text that is left."""
+    paragraph = nodes.paragraph("", "", *[nodes.Text(text)])
+    doctree = new_document("page")
+    doctree += nodes.section("", nodes.title("", "A latent"), paragraph, nodes.literal("", "VAE"))
+    terms.link_first_uses(doctree, LINKS)
+    found = [(node.astext(), node["refuri"]) for node in doctree.findall(nodes.reference)]
+    assert paragraph.astext() == text
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Two latents and a latent", [("latents", "g#latent")]),
+        ("A dead latent, a latent", [("dead latent", "g#dead"), ("latent", "g#latent")]),
+        ("Mean-field VAEs", [("Mean-field", "g#field"), ("VAEs", "g#vae")]),
+        ("iVAE, β-VAE, sVAE+, vae, latently", []),
+    ],
+)
+def test_the_first_use_of_a_term_is_linked(text, expected):
+    assert linked(text) == expected
+
+
+def test_a_term_that_the_author_linked_is_left_alone():
+    doctree = new_document("page")
+    link = nodes.reference("", "latents", refuri="g#latent")
+    doctree += nodes.paragraph("", "", nodes.Text("one latent, "), link, nodes.Text(" and a VAE"))
+    terms.link_first_uses(doctree, LINKS)
+    assert [node.astext() for node in doctree.findall(nodes.reference)] == ["latents", "VAE"]
+
+
+def test_html_is_mended_for_screen_readers():
+    assert accessible.mended("<th></th><th>a</th>") == "<td></td><th>a</th>"
+    assert accessible.mended('<th class="head"><p></p></th>') == '<td class="head"></td>'
+    assert accessible.mended('<div role="doc-biblioentry">') == '<div role="listitem">'
+
+
+def test_the_width_of_a_figure_is_read_from_the_file():
+    from PIL import Image
+
+    figures = ROOT / "book" / "_static"
+    with Image.open(figures / "headline.png") as image:
+        assert accessible.png_width(figures / "headline.png") == image.width
+    assert accessible.png_width(figures / "plate.svg") == 0

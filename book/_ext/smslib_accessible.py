@@ -1,6 +1,7 @@
-"""Mend what the theme and other libraries write and a screen reader stumbles over."""
+"""Mend what a screen reader stumbles over, and mark figures that a phone would shrink too far."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -10,6 +11,7 @@ from sphinx.application import Sphinx
 _EMPTY_HEADING = re.compile(r"<th(?P<attributes>(?:\s[^>]*)?)>\s*(?:<p>\s*</p>\s*)?</th>")
 # docutils writes a list whose items have a role that is no longer one of list items.
 _ENTRY = 'role="doc-biblioentry"'
+_WIDE = 800  # pixels
 
 
 def mended(html: str) -> str:
@@ -18,12 +20,27 @@ def mended(html: str) -> str:
     return html.replace(_ENTRY, 'role="listitem"')
 
 
+def png_width(path: Path) -> int:
+    """Return the width of a PNG in pixels; of any other file, 0."""
+    with path.open("rb") as file:
+        head = file.read(20)
+    return int.from_bytes(head[16:20], "big") if head.startswith(b"\x89PNG") else 0
+
+
+def _mark_wide(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    for image in doctree.findall(nodes.image):
+        path = Path(app.srcdir, image["uri"])
+        if path.is_file() and png_width(path) > _WIDE:
+            image["classes"].append("wide")
+
+
 def _mend(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document) -> None:
     if "body" in context:
         context["body"] = mended(context["body"])
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Mend every page just before it is written."""
+    """Mark figures when a page is complete, mend it just before it is written."""
+    app.connect("doctree-resolved", _mark_wide)
     app.connect("html-page-context", _mend)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
