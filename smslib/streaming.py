@@ -577,11 +577,18 @@ def _alone_in(folder: Path) -> Iterator[Path]:
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)  # let go by the system if a process dies
-            if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+            if _is(handle, folder):  # else the one before removed it
                 yield folder
                 return
         finally:
             os.close(handle)
+
+
+def _is(handle: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _write_parts(folder: Path, layout: _Layout, plan: _Plan, *, path: Path, label: str) -> None:
