@@ -80,11 +80,9 @@ class Likelihood:
     log_exposure: Float[Tensor, "cell gene"]
     constant: Float[Tensor, " cell"]
 
+    @torch.no_grad()
     def at(self, cell: int, z: Float[Tensor, "draw latent"]) -> Float[Tensor, " draw"]:
-        """Return log p(x | z) of one cell at every draw, nats.
-
-        Not differentiable: it works in place.
-        """
+        """Return log p(x | z) of one cell at every draw, nats; without gradients, in place."""
         log_odds = self.logits(z).log_softmax(-1).add_(self.log_exposure[cell])
         spread = log_odds.exp().log1p_()
         # Subtracted gene by gene: the two sums all but cancel when a cell has many UMIs.
