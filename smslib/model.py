@@ -330,8 +330,9 @@ class SMSVAE(nn.Module):
     def save(self, path: str | os.PathLike) -> None:
         """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
 
-        Each file is written under a name of its own and moved into place. The configuration, the
-        second, holds the checksum of the weights, so that `load` takes no two halves for a model.
+        Both files are written under names of their own and then moved into place. The
+        configuration, the second, holds the checksum of the weights, so that `load` takes no two
+        halves for a model.
 
         Raises
         ------
@@ -340,11 +341,13 @@ class SMSVAE(nn.Module):
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        with files.whole(folder / "weights.pt") as draft:
-            _write(self._state(), draft)
-            config = {**self._config(), "weights_sha256": _digest(draft)}
-        with files.whole(folder / "config.json") as draft:
-            draft.write_text(json.dumps(config, indent=1))
+        with (
+            files.whole(folder / "config.json") as described,
+            files.whole(folder / "weights.pt") as weights,
+        ):
+            _write(self._state(), weights)
+            config = {**self._config(), "weights_sha256": _digest(weights)}
+            described.write_text(json.dumps(config, indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> SMSVAE:

@@ -7,6 +7,7 @@ byte, with that of a job that nobody disturbed, and the next one begins.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import http.server
 import json
@@ -213,13 +214,20 @@ def _storing():
     return Job(prepare, work, check, result)
 
 
+@functools.cache
+def _commit():
+    """Return the commit that is checked out, the same one for all copies of a run."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def _staging():
     """The step of the book that copies what is rendered, from a copy of the committed files."""
 
     def prepare(folder):
         (folder / "tree").mkdir()
         archive = str(folder / "tree.tar")
-        subprocess.run(["git", "-C", str(ROOT), "archive", "-o", archive, "HEAD"], check=True)
+        subprocess.run(["git", "-C", str(ROOT), "archive", "-o", archive, _commit()], check=True)
         subprocess.run(["tar", "-xf", archive, "-C", str(folder / "tree")], check=True)
 
     def work(folder):
