@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["check_room", "no_room", "size_text", "whole"]
+__all__ = ["check_room", "flush_to_disk", "no_room", "size_text", "whole"]
 
 
 @contextlib.contextmanager
@@ -44,11 +44,16 @@ def whole(
     try:
         yield draft
         if flush:
-            with draft.open("rb+") as file:
-                os.fsync(file.fileno())
+            flush_to_disk(draft)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def check_room(

@@ -342,12 +342,14 @@ class SMSVAE(nn.Module):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         with (
-            files.whole(folder / "config.json") as described,
-            files.whole(folder / "weights.pt") as weights,
+            files.whole(folder / "config.json", flush=False) as described,
+            files.whole(folder / "weights.pt", flush=False) as weights,
         ):
             _write(self._state(), weights)
             config = {**self._config(), "weights_sha256": _digest(weights)}
             described.write_text(json.dumps(config, indent=1))
+            for draft in (weights, described):  # so that nothing slow lies between the moves
+                files.flush_to_disk(draft)
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> SMSVAE:

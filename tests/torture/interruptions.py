@@ -43,6 +43,7 @@ from smslib.train import TrainConfig, fit
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT = bytes(range(251)) * 2000  # half a megabyte
 AT_ONCE = 8
+FSYNC = os.fsync
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def _saving():
         _model(0).save(folder / "model")
 
     def work(folder):
+        os.fsync = FSYNC  # without it the renaming takes all the time, and hence all the kills
         model = _model(1)
         for _ in range(20):
             model.save(folder / "model")
