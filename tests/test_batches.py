@@ -179,7 +179,9 @@ def test_batches_too_small_are_left_out_and_every_other_passed_on():
     assert [len(batch) for batch in found] == [42, 4]
 
 
-@pytest.mark.parametrize(("loader", "seen"), [(iter([CELLS[:16]]), 16), ([], 0)], ids=str)
+@pytest.mark.parametrize(
+    ("loader", "seen"), [(iter([CELLS[:16]]), 16), ([], 0)], ids=["used up", "empty"]
+)
 def test_a_pass_that_loses_cells_is_refused(loader, seen):
     with pytest.raises(ValueError, match=rf"gave {seen} cells, their n_cells is 48.*generator"):
         list(minibatches(Passes(loader, 48), 16))
