@@ -25,7 +25,7 @@ book: $(READY) ## Run the notebooks (quick profile) and render the book to _buil
 
 test: $(READY) lint ## Check everything: style, stored outputs, package, rendered book
 	$(ONE_THREAD) $(PY) -m pytest --nbval --nbval-cell-timeout 600 -W default -n 2 --dist loadscope -q notebooks
-	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup --cov --cov-report=term tests
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadfile --cov --cov-report=term tests
 
 html: $(READY) ## Render the committed outputs, running nothing
 	@$(PIPELINE) html

@@ -17,7 +17,6 @@ GROUNDS = {"light": "#ffffff", "dark": "#121212"}  # of the theme
 BARRIERS = {"serious", "critical"}
 RUN = """() => axe.run(document, {resultTypes: ['violations']}).then(found =>
   found.violations.map(v => [v.impact, v.id, v.nodes[0].target.join(' '), v.nodes.length]))"""
-in_one_worker = pytest.mark.xdist_group("book")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,6 @@ def barriers(page):
     return [violation for violation in page.evaluate(RUN) if violation[0] in BARRIERS]
 
 
-@in_one_worker
 def test_no_page_has_a_barrier(html, context):
     found = {}
     for path in sorted([*html.glob("book/*.html"), *html.glob("notebooks/*.html")]):
@@ -54,7 +52,6 @@ def test_no_page_has_a_barrier(html, context):
     assert {name: each for name, each in found.items() if each} == {}
 
 
-@in_one_worker
 @pytest.mark.parametrize(
     ("body", "rule"),
     [

@@ -11,7 +11,6 @@ from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "smslib"
-one_worker = pytest.mark.xdist_group("sphinx")
 MODULE = '''
 """What ``it`` is.
 
@@ -127,7 +126,6 @@ def sections(folder):
     return [tag["id"] for tag in html.select("section[id^=module-]")]
 
 
-@one_worker
 def test_a_module_becomes_a_section_of_the_page(package):
     page = "# Names\n\n```{public-names} one\n```\n\n```{public-names} other\n```\n"
     assert build(package.parent, page) == ""
@@ -142,7 +140,6 @@ def test_a_module_becomes_a_section_of_the_page(package):
     ]
 
 
-@one_worker
 def test_others_are_all_that_the_page_has_not_listed_and_a_new_one_is_not_left_out(package):
     page = "# Names\n\n```{public-names} one\n```\n\n```{public-names} others\n```\n"
     assert build(package.parent, page) == ""
@@ -152,7 +149,6 @@ def test_others_are_all_that_the_page_has_not_listed_and_a_new_one_is_not_left_o
     assert sections(package.parent) == ["module-one", "module-new", "module-other"]
 
 
-@one_worker
 def test_what_is_missing_or_says_nothing_is_a_warning(package):
     (package / "other.py").write_text('__all__ = ["borrowed"]\n\ndef borrowed():\n    pass\n')
     page = "# Names\n\n```{public-names} one\n```\n\n```{public-names} no\n```\n"

@@ -17,7 +17,6 @@ from pipeline import links, pages, rules
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [source.stem for source in pages.sources(ROOT)]
 BUDGETS = {"notebooks": 6_000_000, "book/results": 3_000_000, "book/_static": 3_000_000}
-in_one_worker = pytest.mark.xdist_group("book")
 
 
 def committed(name):
@@ -119,7 +118,6 @@ def broken(html, rule):
     return {name: problems for name, problems in found.items() if problems}
 
 
-@in_one_worker
 @pytest.mark.parametrize(
     "rule",
     [rules.headings, rules.alternative_texts, rules.external_resources],
@@ -129,12 +127,10 @@ def test_pages_follow(rule, html):
     assert broken(html, rule) == {}
 
 
-@in_one_worker
 def test_links_lead_somewhere(html):
     assert rules.broken_links(html) == []
 
 
-@in_one_worker
 def test_prose_holds_no_number_typed_by_hand(html):
     """Except those of the allow-list, which gives a reason for each and holds no unused one."""
     allowed = yaml.safe_load((ROOT / "book" / "allowed_numbers.yml").read_text()) or []
@@ -149,7 +145,6 @@ def test_prose_holds_no_number_typed_by_hand(html):
     assert {(entry["page"], entry["text"]) for entry in allowed} == used
 
 
-@in_one_worker
 def test_every_page_tells_its_provenance(html):
     for path in written_pages(html):
         footers = rules.read_page(path).select("footer.provenance")
@@ -157,7 +152,6 @@ def test_every_page_tells_its_provenance(html):
         assert "commit" in footers[0].get_text()
 
 
-@in_one_worker
 def test_every_numbered_figure_is_spoken_of(html):
     for path in written_pages(html):
         page = rules.read_page(path)
@@ -166,7 +160,6 @@ def test_every_numbered_figure_is_spoken_of(html):
         assert labelled - linked == set(), path
 
 
-@in_one_worker
 def test_every_page_is_in_english_and_has_a_title(html):
     for path in written_pages(html):
         page = rules.read_page(path)

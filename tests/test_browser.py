@@ -9,9 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("book")
 WIDTHS = {"desktop": 1280, "phone": 390}
-MAX_WEIGHT = 1_500_000  # bytes of a page with all that it loads
+MAX_WEIGHT = 1.5 * 2**20  # bytes of a page with all that it loads
 PACKED = {".html", ".css", ".js", ".svg"}  # what web servers compress
 
 

@@ -48,7 +48,6 @@ SCORES = (
     "signed_precision signed_recall signed_f1 i_nll floor i_nll_gap validation_elbo calibration "
     "dci_disentanglement dci_completeness epochs fit_cpu_seconds"
 ).split()
-one_worker = pytest.mark.xdist_group("sphinx")
 
 
 # ------------------------------------------------------------------ hand-made stores
@@ -730,7 +729,6 @@ def site(tmp_path_factory):
     return root
 
 
-@one_worker
 def test_the_table_shows_the_status_of_every_claim_in_every_arm(site):
     second = [Second(site / "book" / "results", arm) for arm in ledger.ARMS]
     expected = {
@@ -742,7 +740,6 @@ def test_the_table_shows_the_status_of_every_claim_in_every_arm(site):
     assert shown(parse(site, "claims")) == expected
 
 
-@one_worker
 def test_the_counts_add_up(site):
     rows = parse(site, "claims").select("table.claims-counts tbody tr")
     assert [row.th.get_text() for row in rows] == list(ledger.STATUSES)
@@ -750,7 +747,6 @@ def test_the_counts_add_up(site):
     assert [sum(column) for column in columns] == [len(CLAIMS)] * len(ledger.ARMS)
 
 
-@one_worker
 def test_a_row_holds_words_conditions_and_numbers(site):
     page = parse(site, "claims")
     row = page.select_one("tr#claim-c01")
@@ -763,13 +759,11 @@ def test_a_row_holds_words_conditions_and_numbers(site):
     assert figures.td.get_text() == "0.88"
 
 
-@one_worker
 def test_every_row_fills_the_table(site):
     for row in parse(site, "claims").select("table.claims-table tr"):
         assert sum(int(cell.get("colspan", 1)) for cell in row.select("th, td")) == 5
 
 
-@one_worker
 def test_a_badge_links_to_its_row_and_says_the_claim(site):
     links = parse(site, "other").select("p > a:has(.claim-badge)")
     assert [link["href"] for link in links] == ["claims.html#claim-c03", "claims.html#claim-c31"]
@@ -777,7 +771,6 @@ def test_a_badge_links_to_its_row_and_says_the_claim(site):
     assert links[1].get_text() == "C31 not run here"
 
 
-@one_worker
 def test_what_was_not_run_here_comes_with_its_command_and_what_was_run(site):
     row = parse(site, "claims").select_one("tr#claim-c33")
     verdict = row.find_next_sibling("tr")
@@ -791,7 +784,6 @@ def test_what_was_not_run_here_comes_with_its_command_and_what_was_run(site):
     assert ours.get_text().startswith(f"{value:.2f} [")
 
 
-@one_worker
 def test_pages_that_quote_claims_tell_where_their_numbers_come_from(site):
     assert "table1" in parse(site, "other").select_one("footer.provenance").get_text()
     assert "table1" not in parse(site, "plain").select_one("footer.provenance").get_text()
@@ -812,7 +804,6 @@ def small(root, page_texts, ledger_text=SMALL):
     return root / "book" / "results"
 
 
-@one_worker
 def test_badges_and_rows_follow_the_results(tmp_path):
     folder = small(tmp_path, {"claims": TABLE, "other": "{claim}`C01`"})
     assert build(tmp_path).stderr == ""
@@ -833,7 +824,6 @@ def test_badges_and_rows_follow_the_results(tmp_path):
     assert found == "not reproduced: smslib"
 
 
-@one_worker
 def test_an_unknown_claim_or_a_badge_without_a_row_is_a_warning(tmp_path):
     small(tmp_path, {"other": "{claim}`C01` and {claim}`C02`"})
     done = build(tmp_path)
@@ -843,7 +833,6 @@ def test_an_unknown_claim_or_a_badge_without_a_row_is_a_warning(tmp_path):
     assert "other.md" in done.stderr
 
 
-@one_worker
 def test_an_unreadable_ledger_is_a_warning(tmp_path):
     small(tmp_path, {"claims": TABLE}, SMALL.replace("> 0.5", "> open"))
     done = build(tmp_path)

@@ -19,7 +19,6 @@ from smslib.model import SMSVAE
 
 TESTS = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-pytestmark = pytest.mark.xdist_group("parallel")
 
 
 @pytest.fixture(scope="module")

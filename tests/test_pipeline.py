@@ -18,7 +18,6 @@ from pipeline.compare import Tolerance, difference, output_differences
 from pipeline.normalise import bridge_alt_text, normalise, quantise
 
 ROOT = Path(__file__).resolve().parents[1]
-nbval_group = pytest.mark.xdist_group("nbval")  # one worker, since one run serves them all
 
 TEXT = """---
 jupytext:
@@ -334,18 +333,15 @@ def outcomes(report):
     return found
 
 
-@nbval_group
 def test_every_notebook_was_looked_at(nbval):
     assert nbval.keys() == NOTEBOOKS.keys()
 
 
-@nbval_group
 @pytest.mark.parametrize("name", ["as_stored", "within", "own_tolerance"])
 def test_nbval_passes_what_agrees_within_the_tolerance(nbval, name):
     assert nbval[name] == ("passed", "")
 
 
-@nbval_group
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -360,14 +356,12 @@ def test_nbval_fails_altered_and_never_executed_cells(nbval, name, says):
     assert says in message
 
 
-@nbval_group
 def test_nbval_refuses_a_notebook_without_outputs(nbval):
     outcome, message = nbval["stripped"]
     assert outcome == "error"
     assert "holds no output at all" in message
 
 
-@nbval_group
 def test_nbval_skips_a_notebook_whose_data_are_missing_and_says_why(nbval):
     outcome, message = nbval["without_data"]
     assert outcome == "skipped"

@@ -17,7 +17,6 @@ from docutils import nodes
 from docutils.utils import new_document
 
 ROOT = Path(__file__).resolve().parents[1]
-one_worker = pytest.mark.xdist_group("sphinx")  # few builds serve all tests
 RECORD = {
     "commit": "0123456789abcdef",
     "dirty": False,
@@ -148,7 +147,6 @@ def folder(tmp_path):
 # ------------------------------------------------------------------ values in prose
 
 
-@one_worker
 def test_values_are_printed_with_their_source_on_hover(site):
     ours, theirs = parse(site, "values").select("abbr")
     assert ours.get_text() == "0.91"
@@ -158,7 +156,6 @@ def test_values_are_printed_with_their_source_on_hover(site):
     assert (ours["class"], theirs["class"]) == (["result-value"], ["paper-value"])
 
 
-@one_worker
 @pytest.mark.parametrize("text", BAD)
 def test_an_unknown_name_or_an_unfit_format_is_a_warning_with_its_place(complaints, text):
     page = f"bad{list(BAD).index(text)}"
@@ -167,7 +164,6 @@ def test_an_unknown_name_or_an_unfit_format_is_a_warning_with_its_place(complain
     assert BAD[text] in about[0]
 
 
-@one_worker
 def test_a_notebook_that_names_an_unknown_experiment_is_a_warning(complaints):
     assert any("'no_such' lacks provenance" in line for line in complaints)
 
@@ -219,7 +215,6 @@ def footer(root, name, output="out"):
     return found.get_text(" ")
 
 
-@one_worker
 @pytest.mark.parametrize(
     "expected",
     [
@@ -239,13 +234,11 @@ def test_the_footer_tells_the_build_and_the_experiments_quoted(site, expected):
     assert expected in footer(site, "values")
 
 
-@one_worker
 def test_a_page_without_experiments_tells_the_build_only(site):
     assert "feed" in footer(site, "plain")
     assert "03_full" not in footer(site, "plain")
 
 
-@one_worker
 def test_a_notebook_carries_a_badge_and_the_experiments_its_header_names(site):
     badge = parse(site, "live").select_one("h1 + .profile-badge")
     assert badge.get_text() == "quick profile · run in 34 s"
@@ -253,7 +246,6 @@ def test_a_notebook_carries_a_badge_and_the_experiments_its_header_names(site):
     assert "make book" in footer(site, "live")
 
 
-@one_worker
 def test_pages_follow_results_and_build_and_do_not_depend_on_parallel_reading(site):
     assert build(site, output="again").returncode == 0
     pages = [*GOOD, "live"]
@@ -297,7 +289,6 @@ def test_footers_escape_what_they_quote():
 # ------------------------------------------------------------------ formulas
 
 
-@one_worker
 def test_formulas_are_set_by_a_copy_that_comes_with_the_book(site):
     sources = [tag.get("src", "") for tag in parse(site, "formula").select("script")]
     assert [s.split("?")[0] for s in sources if "mathjax" in s] == ["_static/mathjax/tex-chtml.js"]
@@ -368,6 +359,13 @@ def test_html_is_mended_for_screen_readers():
     assert accessible.mended("<th></th><th>a</th>") == "<td></td><th>a</th>"
     assert accessible.mended('<th class="head"><p></p></th>') == '<td class="head"></td>'
     assert accessible.mended('<div role="doc-biblioentry">') == '<div role="listitem">'
+
+
+def test_outputs_that_scroll_are_reached_by_keys_and_no_others():
+    narrow = '<div class="cell_output docutils"><img class="a" src="x"></div>'
+    wide = '<div class="docutils cell_output"><p>\n<img alt="b" class="wide" src="x"></div>'
+    focused = wide.replace('cell_output"', 'cell_output" tabindex="0"')
+    assert accessible.mended(narrow + wide + narrow) == narrow + focused + narrow
 
 
 def test_the_width_of_a_figure_is_read_from_the_file():

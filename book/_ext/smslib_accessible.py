@@ -11,12 +11,22 @@ from sphinx.application import Sphinx
 _EMPTY_HEADING = re.compile(r"<th(?P<attributes>(?:\s[^>]*)?)>\s*(?:<p>\s*</p>\s*)?</th>")
 # docutils writes a list whose items have a role that is no longer one of list items.
 _ENTRY = 'role="doc-biblioentry"'
+# An output that a phone scrolls sideways has to be reachable by keys: one with a wide figure.
+_OUTPUT = '<div class="[^"]*cell_output'
+_SCROLLS = re.compile(
+    rf'(?P<output>{_OUTPUT}[^"]*")(?=>(?:(?!{_OUTPUT}).)*?<img [^>]*class="[^"]*\bwide\b)',
+    re.DOTALL,
+)
 _WIDE = 800  # pixels
 
 
 def mended(html: str) -> str:
-    """Return ``html`` with empty headings as plain cells, and bibliographies as lists of items."""
+    """Return ``html`` with plain cells for empty headings, lists of items for bibliographies.
+
+    Outputs that scroll can be reached by keys.
+    """
     html = _EMPTY_HEADING.sub(r"<td\g<attributes>></td>", html)
+    html = _SCROLLS.sub(r'\g<output> tabindex="0"', html)
     return html.replace(_ENTRY, 'role="listitem"')
 
 
