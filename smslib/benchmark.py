@@ -349,7 +349,6 @@ def _transfer_scores(model: SMSVAE, screen: Screen) -> dict[str, float | int]:
     nll = -float(np.nanmean(by_condition(bounds, scored, design)["mean"]))
     rows = screen.design.index(_unseen(screen))
     true = screen.z[torch.isin(screen.cells.condition, rows)].numpy()
-
     return {
         "i_nll": nll,
         "floor": float(floor.mean()),

@@ -62,10 +62,7 @@ def fit_replicates(
     for name, part in (("cells", cells), ("validation", validation)):
         if part is not None:
             train._check(models[0], part, name)
-    if configs[0].patience is not None and validation is None:
-        raise ValueError(
-            "patience is set but there are no validation cells; pass validation= or patience=None"
-        )
+    train._check_patience(configs[0], validation)
     runs = [_Run(model, config) for model, config in zip(models, configs, strict=True)]
     stack = _Stack(models)
     try:

@@ -60,7 +60,6 @@ REPLICATES = ("rep_2", "rep_3")  # rep_1 differs from both in depth and expressi
 # the gradient is not cut. What it is cut at is meant for a loss per cell.
 CUT = {"max_grad_norm": 10.0, "loss_scale": "cell"}
 _N_LATENT = 10
-
 _ALIKE = PATHWAY[:4]  # IRF1, the fifth, acts downstream and shares only part of the response
 _DONOR = "CD86"  # the null target with most cells
 _N_DRAWS = 200

@@ -188,10 +188,7 @@ def fit(
     cells = _checked(model, cells, "cells", config.batch_size)
     if validation is not None:
         validation = _checked(model, validation, "validation", validation.n_cells)
-    if config.patience is not None and validation is None:
-        raise ValueError(
-            "patience is set but there are no validation cells; pass validation= or patience=None"
-        )
+    _check_patience(config, validation)
     rank = 0
     if group is not None:
         rank = group.rank()
@@ -435,6 +432,13 @@ def _checked(model: SMSVAE, cells: Cells | Batches, name: str, largest: int) -> 
             )
 
     return _Checked(cells, check)
+
+
+def _check_patience(config: TrainConfig, validation: Cells | Batches | None) -> None:
+    if config.patience is not None and validation is None:
+        raise ValueError(
+            "patience is set but there are no validation cells; pass validation= or patience=None"
+        )
 
 
 def _check(model: SMSVAE, cells: Cells, name: str) -> None:

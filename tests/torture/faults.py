@@ -168,11 +168,7 @@ def main():
     parser.add_argument("--only", choices=list(FAULTS))
     given = parser.parse_args()
 
-    def log(line):
-        sys.stdout.write(line)
-        sys.stdout.flush()
-
-    values, missed = plant_all(given.pages, given.only, log)
+    values, missed = plant_all(given.pages, given.only, planting.say)
     sys.stdout.write(json.dumps(values, indent=1) + "\n")
     return bool(missed)
 

@@ -138,11 +138,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
-    def log(line):
-        sys.stdout.write(line)
-        sys.stdout.flush()
-
-    values, _ = kill_some(given.count, given.seed, log)
+    values, _ = kill_some(given.count, given.seed, planting.say)
     sys.stdout.write(json.dumps(values, indent=1) + "\n")
     return 0
 

@@ -36,6 +36,12 @@ SHARED = (
 )
 
 
+def say(line):
+    """Show a line at once, also where the output is a file."""
+    sys.stdout.write(line)
+    sys.stdout.flush()
+
+
 @contextlib.contextmanager
 def copied():
     """Lend a copy of the files that git knows, or would."""
