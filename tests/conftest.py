@@ -39,6 +39,12 @@ def html(root, worker_id):
     return render(output / "src", output).parent
 
 
+@pytest.fixture(scope="session")
+def written(html):
+    """The pages of the book, without those that Sphinx makes by itself."""
+    return sorted([*html.glob("book/*.html"), *html.glob("notebooks/*.html")])
+
+
 @pytest.fixture(scope="module")
 def chromium():
     """A browser for the tests of one module; one that CI must have."""

@@ -107,14 +107,8 @@ def test_bibliography_keys_are_unique():
 # ------------------------------------------------------------------ the rendered book
 
 
-def written_pages(html):
-    return [
-        path for folder in ("book", "notebooks") for path in sorted((html / folder).glob("*.html"))
-    ]
-
-
-def broken(html, rule):
-    found = {path.name: rule(rules.read_page(path)) for path in written_pages(html)}
+def broken(written, rule):
+    found = {path.name: rule(rules.read_page(path)) for path in written}
     return {name: problems for name, problems in found.items() if problems}
 
 
@@ -123,20 +117,20 @@ def broken(html, rule):
     [rules.headings, rules.alternative_texts, rules.external_resources],
     ids=lambda rule: rule.__name__,
 )
-def test_pages_follow(rule, html):
-    assert broken(html, rule) == {}
+def test_pages_follow(rule, written):
+    assert broken(written, rule) == {}
 
 
 def test_links_lead_somewhere(html):
     assert rules.broken_links(html) == []
 
 
-def test_prose_holds_no_number_typed_by_hand(html):
+def test_prose_holds_no_number_typed_by_hand(written):
     """Except those of the allow-list, which gives a reason for each and holds no unused one."""
     allowed = yaml.safe_load((ROOT / "book" / "allowed_numbers.yml").read_text()) or []
     assert all(entry["reason"] for entry in allowed)
     used, typed = set(), []
-    for path in written_pages(html):
+    for path in written:
         for hit in rules.bare_numbers(rules.read_page(path)):
             fits = [e["text"] for e in allowed if e["page"] == path.stem and e["text"] in hit]
             used |= {(path.stem, text) for text in fits}
@@ -145,23 +139,23 @@ def test_prose_holds_no_number_typed_by_hand(html):
     assert {(entry["page"], entry["text"]) for entry in allowed} == used
 
 
-def test_every_page_tells_its_provenance(html):
-    for path in written_pages(html):
+def test_every_page_tells_its_provenance(written):
+    for path in written:
         footers = rules.read_page(path).select("footer.provenance")
         assert len(footers) == 1, path
         assert "commit" in footers[0].get_text()
 
 
-def test_every_numbered_figure_is_spoken_of(html):
-    for path in written_pages(html):
+def test_every_numbered_figure_is_spoken_of(written):
+    for path in written:
         page = rules.read_page(path)
         labelled = {tag["id"] for tag in page.select("article figure[id^=fig-]")}
         linked = {tag["href"].lstrip("#") for tag in page.select("article a.reference[href^='#']")}
         assert labelled - linked == set(), path
 
 
-def test_every_page_is_in_english_and_has_a_title(html):
-    for path in written_pages(html):
+def test_every_page_is_in_english_and_has_a_title(written):
+    for path in written:
         page = rules.read_page(path)
         assert page.html["lang"] == "en"
         assert page.title.get_text().strip()

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy.special import stdtrit
 
+from smslib import metrics
 from smslib import store as results
 
 ARMS = {"released": "as released", "corrected": "corrected", "smslib": "smslib"}
@@ -218,7 +218,8 @@ def _half_interval(values: np.ndarray) -> float:
     n = len(values)
     if n < FEWEST_PAIRS:
         raise NotStored(NOT_RUN, f"{n} paired seeds, too few for an interval")
-    return float(stdtrit(n - 1, 0.975) * values.std(ddof=1) / np.sqrt(n))
+    found = metrics.interval(values)
+    return (found.high - found.low) / 2
 
 
 # ------------------------------------------------------------------ the language
