@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 WIDTHS = {"desktop": 1280, "phone": 390}
-MAX_WEIGHT = 1.5 * 2**20  # bytes of a page with all that it loads
+MAX_WEIGHT = 1_500_000  # bytes of a page with all that it loads
 PACKED = {".html", ".css", ".js", ".svg"}  # what web servers compress
 
 

@@ -317,6 +317,14 @@ def test_mathjax_is_copied_once(tmp_path):
     assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) < 3_000_000
 
 
+def test_icons_that_no_page_shows_are_dropped():
+    drawings = 'var a={sun:[5,5,[9728],"f185","M1"],"old-bell":[5,5,["bell"],"f0f3",["",'
+    drawings += '"M2"]],moon:[5,5,[],"f186","M3"]};go(a)'
+    pages = ['<i class="fa-solid fa-sun"></i>', "<i class='fas fa-bell'></i>"]
+    kept = offline.only_icons(drawings, offline.icons_shown(pages))
+    assert kept == drawings.replace('moon:[5,5,[],"f186","M3"]', "")
+
+
 # ------------------------------------------------------------------ terms of the glossary
 
 

@@ -1,6 +1,11 @@
-"""Keep pages whole without a network: ship MathJax, drop what would run cells on a server."""
+"""Keep pages whole without a network, and light.
 
+Ship MathJax, drop what would run cells on a server and the icons that no page shows.
+"""
+
+import re
 import shutil
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,14 @@ from sphinx.application import Sphinx
 PACKAGE = "sphinx-mathjax-offline"
 # The parts that the TeX-to-HTML bundle loads; the package's other 20 MB are other formats.
 PARTS = ("tex-chtml.js", "input/tex/extensions", "output/chtml/fonts")
+THEME = "pydata-sphinx-theme"
+ICONS = "scripts/fontawesome.js"
+# A drawing of the theme's collection: name:[width,height,[other names],"code",path or paths]
+_DRAWING = re.compile(
+    r"""(?P<name>"[a-z0-9-]+"|[\w$]+):\[\d+,\d+,\[(?P<others>[^\]]*)\],"[0-9a-f]+","""
+    r"""(?:"[^"]*"|\["[^"]*","[^"]*"\])\],?"""
+)
+_SHOWN = re.compile(r"\bfa-([a-z0-9-]+)")
 
 
 def copy_mathjax(source: Path, target: Path) -> None:
@@ -28,9 +41,41 @@ def mathjax_folder() -> Path:
     return Path(str(distribution.locate_file(f"{PACKAGE}/static/mathjax")))
 
 
+def only_icons(script: str, wanted: set[str]) -> str:
+    """Return the theme's script of icons with the drawings of the wanted names alone.
+
+    The theme ships two thousand, more bytes than all else on a page; the book shows twenty.
+    """
+
+    def kept(drawing: re.Match[str]) -> str:
+        names = {drawing["name"], *drawing["others"].split(",")}
+        return drawing[0] if wanted.intersection(n.strip('"') for n in names) else ""
+
+    return _DRAWING.sub(kept, script)
+
+
+def icons_shown(texts: Iterable[str]) -> set[str]:
+    """Return the names of the icons in pages and scripts, by their classes."""
+    return {name for text in texts for name in _SHOWN.findall(text)}
+
+
+def _trim_icons(output: Path) -> None:
+    copy = output / "_static" / ICONS
+    if not copy.is_file():
+        return
+    # From the theme, not from the copy: a later build may show an icon dropped before.
+    origin = metadata.distribution(THEME).locate_file(
+        f"pydata_sphinx_theme/theme/pydata_sphinx_theme/static/{ICONS}"
+    )
+    scripts = [path for path in copy.parent.glob("*.js") if path != copy]
+    texts = (path.read_text() for path in [*output.rglob("*.html"), *scripts])
+    copy.write_text(only_icons(Path(str(origin)).read_text(), icons_shown(texts)))
+
+
 def _copy(app: Sphinx, problem: Exception | None) -> None:
     if problem is None and app.builder.format == "html":
         copy_mathjax(mathjax_folder(), Path(app.outdir, "_static", "mathjax"))
+        _trim_icons(Path(app.outdir))
 
 
 def is_thebe(script: Any) -> bool:  # noqa: ANN401
@@ -52,7 +97,7 @@ def _configure(app: Sphinx, config: Any) -> None:  # noqa: ANN401
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Point Sphinx at the local copy of MathJax, made when the pages are written."""
+    """Point Sphinx at the local copy of MathJax; make it and trim icons after the pages."""
     app.connect("config-inited", _configure)
     app.connect("build-finished", _copy)
     app.connect("html-page-context", _drop_thebe, priority=900)
