@@ -7,10 +7,10 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["check_room", "flush_to_disk", "no_room", "size_text", "whole"]
+__all__ = ["alone", "check_room", "flush_to_disk", "no_room", "size_text", "together", "whole"]
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def whole(
         A name that no file has yet.
     """
     path = Path(path)
-    draft = Path(folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    draft = _draft(path, folder)
     try:
         yield draft
         if flush:
@@ -48,6 +48,88 @@ def whole(
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _draft(path: Path, folder: str | os.PathLike[str] | None = None) -> Path:
+    return Path(folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}.tmp"
+
+
+@contextlib.contextmanager
+def together(*paths: Path) -> Iterator[list[Path]]:
+    """Lend names for files of one folder that belong together; all are moved at the end.
+
+    They are moved in the order given, and no other process that does the same comes between.
+    A block that fails leaves the old files and nothing else.
+
+    Parameters
+    ----------
+    *paths : Path
+        What the files are to be called.
+
+    Yields
+    ------
+    list of Path
+        Names that no file has yet.
+    """
+    drafts = [_draft(path) for path in paths]
+    try:
+        yield drafts
+        for draft in drafts:  # before the first move, so that nothing slow lies between two
+            flush_to_disk(draft)
+        with alone(paths[0].parent):
+            for draft, path in zip(drafts, paths, strict=True):
+                os.replace(draft, path)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(path: Path, make: Callable[[], object] | None = None) -> Iterator[None]:
+    """Wait until no other process works with a file or folder, and keep others waiting.
+
+    A process that dies lets go. Where the system has no such locks (Windows, some network disks)
+    nobody waits.
+
+    Parameters
+    ----------
+    path : Path
+    make : callable, optional
+        Makes ``path`` where it is not there, and is repeated if the process before removed it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None
+    while True:
+        handle = _handle(path, make)
+        try:
+            if fcntl:
+                with contextlib.suppress(OSError):  # a network disk without locks
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is(handle, path):  # else it was moved away during the wait
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _handle(path: Path, make: Callable[[], object] | None) -> int:
+    while True:
+        if make:
+            make()
+        try:
+            return os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # removed since
+            if not make:
+                raise
+
+
+def _is(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def flush_to_disk(path: Path) -> None:

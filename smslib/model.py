@@ -330,9 +330,9 @@ class SMSVAE(nn.Module):
     def save(self, path: str | os.PathLike) -> None:
         """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
 
-        Both files are written under names of their own and then moved into place. The
-        configuration, the second, holds the checksum of the weights, so that `load` takes no two
-        halves for a model.
+        Both files are written under names of their own and then moved into place, one process at
+        a time. The configuration, the second, holds the checksum of the weights, so that `load`
+        takes no two halves for a model.
 
         Raises
         ------
@@ -341,15 +341,11 @@ class SMSVAE(nn.Module):
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            files.whole(folder / "config.json", flush=False) as described,
-            files.whole(folder / "weights.pt", flush=False) as weights,
-        ):
+        names = folder / "weights.pt", folder / "config.json"
+        with files.together(*names) as (weights, described):
             _write(self._state(), weights)
             config = {**self._config(), "weights_sha256": _digest(weights)}
             described.write_text(json.dumps(config, indent=1))
-            for draft in (weights, described):  # so that nothing slow lies between the moves
-                files.flush_to_disk(draft)
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> SMSVAE:

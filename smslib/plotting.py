@@ -541,6 +541,8 @@ def trend(
         known = [name for name in settings if name in (paper or {}).get(method, {})]
         places = [settings.index(name) + shift for name in known]
         line = {"marker": "D", "mfc": "white", "ms": 4.5, "linestyle": ":", "linewidth": 0.9}
+        if not any(np.size(runs) for runs in values.get(method, {}).values()):
+            line["label"] = f"{drawn.label}, paper"  # it has no line of its own in the legend
         ax.plot(places, [paper[method][name] for name in known], color=drawn.colour, **line)
     if paper:
         ax.plot([], [], "D:", color="#666666", mfc="white", ms=4.5, lw=0.9, label="paper")
@@ -825,7 +827,8 @@ def _diamonds(
     ax.vlines(places, means - spreads, means + spreads, colors="black", linewidth=0.9)
     diamond = {"marker": "D", "facecolors": "white", "edgecolors": "black", "linewidths": 0.9}
     ax.scatter(places, means, s=24, label="paper", zorder=3, **diamond)
-    ax.legend(loc="best", handletextpad=0.2)
+    frame = {"frameon": True, "fancybox": False, "edgecolor": "#bbbbbb"}  # else it reads as a value
+    ax.legend(loc="best", handletextpad=0.2, **frame)
 
 
 def _half_width(values: np.ndarray, level: float = 0.95) -> float:

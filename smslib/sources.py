@@ -537,7 +537,7 @@ def _make_folder(source: Source, path: Path) -> None:
 def _download(source: Source, path: Path) -> None:
     """Let ``<path>.part`` grow to the file, verify, and only then move it into place."""
     part = _part(path)
-    with _alone_with(part):
+    with files.alone(part, part.touch):
         if path.exists():  # another process was faster
             part.unlink(missing_ok=True)
             _verify(path, source)
@@ -546,29 +546,6 @@ def _download(source: Source, path: Path) -> None:
             raise ValueError(_set_aside(part, path, problem))
         os.replace(part, path)
     _remember(path, source)
-
-
-@contextlib.contextmanager
-def _alone_with(part: Path) -> Iterator[None]:
-    """Wait until no other process downloads to ``part``, and keep others waiting meanwhile."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: the checksum alone protects
-        yield
-        return
-    while True:
-        with part.open("ab") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)  # let go by the system if a process dies
-            if _is(file, part):  # else it was moved away during the wait
-                yield
-                return
-
-
-def _is(file: IO[bytes], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _grow(part: Path, source: Source, path: Path) -> str:

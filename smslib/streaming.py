@@ -15,6 +15,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -541,7 +542,8 @@ def fingerprint(path: Path, cells: np.ndarray, genes: np.ndarray, block: int) ->
 @contextlib.contextmanager
 def _parts(out: Path, made_of: Mapping[str, Any]) -> Iterator[Path]:
     """Lend the folder of finished parts; it outlives only what a repetition can mend."""
-    with _alone_in(out.with_name(out.name + ".part")) as folder:
+    folder = out.with_name(out.name + ".part")
+    with files.alone(folder, partial(folder.mkdir, parents=True, exist_ok=True)):
         _begin(folder, made_of)
         try:
             absent(out)  # another process may have been faster
@@ -561,34 +563,6 @@ def _begin(folder: Path, made_of: Mapping[str, Any]) -> None:
         stale.unlink()
     with files.whole(manifest) as draft:
         draft.write_text(json.dumps(made_of))
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[Path]:
-    """Make a folder, wait until no other process works in it, and keep others waiting."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        return
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # let go by the system if a process dies
-            if _is(handle, folder):  # else the one before removed it
-                yield folder
-                return
-        finally:
-            os.close(handle)
-
-
-def _is(handle: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), folder.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _write_parts(folder: Path, layout: _Layout, plan: _Plan, *, path: Path, label: str) -> None:

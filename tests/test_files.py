@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -84,3 +86,52 @@ def test_room_is_checked_and_named(tmp_path, monkeypatch):
     assert caught.value.errno == errno.ENOSPC
     error = files.no_room(tmp_path, 5, what="a.txt", advice="Free some", kept=2_000_000)
     assert f"5 bytes needed, 12.0 kB free in {tmp_path}; the 2.0 MB that arrived are" in str(error)
+
+
+# ------------------------------------------------------------------------ several processes
+
+
+def test_files_that_belong_together_appear_together_or_not_at_all(tmp_path):
+    paths = [tmp_path / name for name in ("a", "b")]
+    with files.together(*paths) as drafts:
+        for draft in drafts:
+            draft.write_text("old")
+    with pytest.raises(ZeroDivisionError), files.together(*paths) as drafts:
+        drafts[0].write_text("new"), 1 / 0
+    assert [path.read_text() for path in paths] == ["old", "old"]
+    assert names(tmp_path) == ["a", "b"]
+
+
+ADD_ONE = """
+import sys, time
+from pathlib import Path
+from smslib import files
+path = Path(sys.argv[1])
+for _ in range(20):
+    with files.alone(path, path.touch):
+        count = int(path.read_text() or 0)
+        time.sleep(0.001)
+        path.write_text(str(count + 1))
+"""
+
+
+def test_no_step_of_several_processes_is_lost(tmp_path):
+    command = [sys.executable, "-c", ADD_ONE, str(tmp_path / "count")]
+    for process in [subprocess.Popen(command) for _ in range(4)]:
+        assert process.wait() == 0
+    assert (tmp_path / "count").read_text() == "80"
+
+
+def test_who_waited_for_a_file_that_was_moved_away_asks_for_its_successor(tmp_path, monkeypatch):
+    """Else it would work on the file that the one before has finished and moved."""
+    path, is_same, asked = tmp_path / "part", files._is, []
+
+    def moved_once(handle, where):
+        asked.append(os.fstat(handle).st_ino)
+        if len(asked) == 1:
+            os.replace(path, tmp_path / "done")
+        return is_same(handle, where)
+
+    monkeypatch.setattr(files, "_is", moved_once)
+    with files.alone(path, path.touch):
+        assert path.stat().st_ino == asked[1] != asked[0]

@@ -419,14 +419,14 @@ def _told(work, folder, words):
 
 
 def eight_at_once(rounds):
-    """Let eight processes at once work on one study, one cache and one preparation."""
+    """Let eight processes at once work on one study, one cache, one cut and one saved model."""
     values = {"together.processes": AT_ONCE, "together.rounds": rounds}
     tasks.lightly()
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         place = Path(place)
         with served(place):
-            for name in ("sweep", "download", "prepare"):
+            for name in ("sweep", "download", "prepare", "model"):
                 # Those that come late find the result there, and say so.
                 late = ("FileExistsError",) if name == "prepare" else ()
                 good = [together(name, place / "work", late) for _ in range(rounds)]
