@@ -182,12 +182,15 @@ def summarise(runs: pd.DataFrame, *, sets: Sets = SETS) -> dict[str, Any]:
         seed where nothing else is said: ``.seeds``; ``.null_r`` (a number), ``.share``,
         ``.median_r``, ``.recurs``, ``.finding`` and ``.targets`` as in `recurrence` (targets in
         one string); ``.up`` and ``.down`` (the ten strongest genes by `Programs.scaled`, one
-        string); ``.agreement`` and ``.replicate_r``; ``.pathway_q`` (whether interferon-gamma's
-        targets open it, as in `enrich_targets`); ``.q.<set>`` and ``.score.<set>`` (as in
-        `enrich`). By target, ``.target_names``: ``.effect_share``, ``.effect_median_r``,
-        ``.effect_recurs``, ``.effect_up`` and ``.effect_down`` of what it does to the genes
-        (`Programs.moved`), and ``.effect_null_r`` (a number). By seed: ``.ari``, ``.purity``,
-        ``.p_value`` (as in `cluster`), ``.open_null`` (null targets with an open gate).
+        string) with ``.up_weights`` and ``.down_weights`` (theirs, one string); ``.opened`` (the
+        targets that open its gate in this seed, one string) with ``.opened_shifts`` (prior
+        standard deviations); ``.agreement`` and ``.replicate_r``; ``.pathway_q`` (whether
+        interferon-gamma's targets open it, as in `enrich_targets`); ``.q.<set>`` and
+        ``.score.<set>`` (as in `enrich`). By target, ``.target_names``: ``.effect_share``,
+        ``.effect_median_r``, ``.effect_recurs``, ``.effect_up`` and ``.effect_down`` of what it
+        does to the genes (`Programs.moved`), and ``.effect_null_r`` (a number). By seed:
+        ``.ari``, ``.purity``, ``.p_value`` (as in `cluster`), ``.open_null`` (null targets with
+        an open gate).
     """
     values: dict[str, Any] = {}
     for kind, chosen in runs.sort_values("seed").groupby("labels"):
@@ -228,14 +231,35 @@ def _summary(runs: Sequence[Mapping[str, Any]], sets: Sets) -> dict[str, Any]:
     moved = [each.moved(_gates(run, "shift")) for each, run in zip(programs, runs, strict=True)]
     values = {"seeds": [run["seed"] for run in runs], "target_names": targets}
     values |= _recurring(programs, moved, gates, targets) if len(runs) > 1 else {}
+    values |= _opened(gates[0], _gates(runs[0], "shift"), targets)
     for name, sign in (("up", 1), ("down", -1)):
         values[name] = [" ".join(first.top(k, n=_N_TOP, sign=sign)) for k in range(len(first))]
+        values[f"{name}_weights"] = [
+            _weights(first, k, values[name][k]) for k in range(len(first))
+        ]
         values[f"effect_{name}"] = [
             " ".join(moved[0].top(k, n=_N_TOP, sign=sign)) for k in range(len(targets))
         ]
     values |= {name: runs[0][name] for name in ("agreement", "replicate_r")}
     values |= _enrichment(first, gates[0], targets, sets)
     return values | _by_seed(gates, targets)
+
+
+def _opened(gates: Matrix, shift: Matrix, targets: Sequence[str]) -> dict[str, list[str]]:
+    """Say which targets open each latent of a run, and how far they move it."""
+    is_open = np.asarray(gates) > 0.5
+    names = [" ".join(np.array(targets)[column]) for column in is_open.T]
+    pairs = zip(np.asarray(shift).T, is_open.T, strict=True)
+    return {"opened": names, "opened_shifts": [_spaced(row[column]) for row, column in pairs]}
+
+
+def _weights(programs: Programs, latent: int, genes: str) -> str:
+    columns = [programs.genes.index(gene) for gene in genes.split()]
+    return _spaced(programs.weights[latent, columns])
+
+
+def _spaced(values: Real[np.ndarray, " value"]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
 
 
 def _recurring(

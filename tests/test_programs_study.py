@@ -92,6 +92,16 @@ def test_summary_by_hand():
     assert values["shuffled.open_null"] == [1, 0]
     strongest = MEASURED_RESPONSE[int(np.argmax(weights[0]))]
     assert values["true.up"][0].split()[0] == strongest
+    assert values["true.up_weights"][0].split()[0] == f"{2 * weights[0].max():.2f}"
+    assert values["true.down_weights"][1].split()[0] == f"{2 * weights[1].min():.2f}"
+    for way in ("up", "down"):
+        lengths = [
+            [len(row.split()) for row in values[f"true.{key}"]] for key in (way, way + "_weights")
+        ]
+        assert lengths[0] == lengths[1]
+    assert values["true.opened"] == values["true.targets"]
+    assert values["true.opened_shifts"] == [" ".join(["2.00"] * len(screens.PATHWAY)), ""]
+    assert values["shuffled.opened"] == ["", "CAV1"], "of the first seed, whatever recurs"
     p_value = 1 / math.comb(len(TARGETS), len(screens.PATHWAY))
     assert values["true.pathway_q"] == [pytest.approx(2 * p_value), 1]
     assert values["true.ari"] == [1, 1, 1]
