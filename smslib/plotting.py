@@ -525,7 +525,7 @@ def trend(
         Of the x axis, and the score with its unit.
     paper : dict, optional
         Method to setting to published value: open diamonds in the colour of the method, joined by
-        a dotted line.
+        a dotted line; a method without runs is named in the legend by these.
     ax : Axes, optional
 
     Returns
@@ -541,7 +541,7 @@ def trend(
         known = [name for name in settings if name in (paper or {}).get(method, {})]
         places = [settings.index(name) + shift for name in known]
         line = {"marker": "D", "mfc": "white", "ms": 4.5, "linestyle": ":", "linewidth": 0.9}
-        if not any(np.size(runs) for runs in values.get(method, {}).values()):
+        if known and not any(np.size(runs) for runs in values.get(method, {}).values()):
             line["label"] = f"{drawn.label}, paper"  # it has no line of its own in the legend
         ax.plot(places, [paper[method][name] for name in known], color=drawn.colour, **line)
     if paper:

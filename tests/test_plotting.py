@@ -200,7 +200,7 @@ def test_trend_shows_every_run_and_the_published_values():
     means, published, other = (line.get_ydata().tolist() for line in lines)
     assert (means, published, other) == ([0.1, pytest.approx(0.3)], [0.9], [0.5])
     assert to_rgb(lines[1].get_color()) == to_rgb(plotting.look("svae+").colour)
-    assert legend_of(ax) == ["sVAE+", "paper"]
+    assert legend_of(ax) == ["sVAE+", "new, paper", "paper"]
     assert text_of(ax.get_xticklabels()) == ["a", "b", "c"]
 
 
