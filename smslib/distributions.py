@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx as Context
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad, softplus
 
 __all__ = [
     "Moments",
@@ -28,6 +29,8 @@ __all__ = [
 
 _LOG_2 = math.log(2.0)
 _LOG_2PI = math.log(2.0 * math.pi)
+_LARGEST_SMALL = 16  # count that has a row in the table
+_FEW = 0.1  # share of larger counts up to which the table pays
 # delta(1 / w) / w for 0 < w <= 1, interpolated at 11 Chebyshev nodes in 50-digit arithmetic; the
 # error of delta is below 4e-12.
 _SHIFTED_ERROR = (
@@ -69,7 +72,9 @@ class NegativeBinomial:
         - \delta(x) - \tfrac12 \log\frac{2\pi x (x+\theta)}{\theta},
 
     because the textbook form subtracts ``lgamma(theta)`` from ``lgamma(x + theta)`` and loses
-    0.4 nats per entry in float32 at :math:`\theta = 10^6`.
+    0.4 nats per entry in float32 at :math:`\theta = 10^6`. Where nearly all counts are small, as
+    in a screen of thousands of genes, the ratio of the two is a product of few factors, read
+    from a table with a row per count: a third of the time.
 
     Parameters
     ----------
@@ -95,9 +100,12 @@ class NegativeBinomial:
     def log_prob(
         self, x: Float[Tensor, "*replicate cell gene"]
     ) -> Float[Tensor, "*draw cell gene"]:
-        """Return the log-pmf of the counts ``x``, nats."""
-        kernel = _NegativeBinomialKernel.apply(x, self.log_mean, self.log_theta)
-        return kernel - _count_constant(x)
+        """Return the log-pmf of the counts ``x``, whole numbers, in nats."""
+        large = _few_large(x)
+        if large is None or self.log_mean.shape[-x.dim() :] != x.shape:
+            kernel = _NegativeBinomialKernel.apply(x, self.log_mean, self.log_theta)
+            return kernel - _count_constant(x)
+        return _SmallCounts.apply(x, self.log_mean, self.log_theta, *large)
 
     def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "*draw cell gene"]:
         """Return a Gamma-Poisson draw, UMIs."""
@@ -136,6 +144,95 @@ class _NegativeBinomialKernel(torch.autograd.Function):
             gradient * relative * -theta,
             (gradient * by_log_theta).sum_to_size(theta.shape),
         )
+
+
+class _SmallCounts(torch.autograd.Function):
+    r"""The log-pmf where few counts are large; those are at ``large``.
+
+    With :math:`a = \log\mu - \log\theta`, :math:`s = \log(1 + e^a)` and
+    :math:`\theta' = \max(\theta, 1)`, so that nothing cancels at either end of :math:`\theta`,
+
+    .. math::
+        \log p(x) = x (a + \log\theta') - (x + \theta) s
+        + \sum_{k<x} \log\frac{\theta + k}{\theta' (k + 1)}.
+
+    The few large counts are left to the textbook, in double precision.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, log_mean: Tensor, log_theta: Tensor, *large: Tensor
+    ) -> Tensor:
+        theta = log_theta.exp()
+        binomial, curvature = _tables(theta)
+        log_odds = log_mean - log_theta
+        log_scale = softplus(log_odds)
+        row = x.clamp(max=_LARGEST_SMALL).long()
+        value = x * (log_mean - log_theta.clamp(max=0.0))
+        value.addcmul_(x + theta, log_scale, value=-1.0).add_(binomial.gather(-2, row))
+        few = _textbook(x, log_mean, log_theta, large)
+        value[..., *large] = few.value
+        ctx.save_for_backward(x, theta, curvature, log_odds, log_scale, row, *large, *few[1:])
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, theta, curvature, log_odds, log_scale, row, *rest = ctx.saved_tensors
+        *large, slope_mean, slope_theta = rest
+        share = log_odds.sigmoid()
+        by_log_mean = torch.addcmul(x, x + theta, share, value=-1.0)
+        by_log_theta = (share - log_scale).mul_(theta).addcmul_(x, share)
+        by_log_theta.sub_(curvature.gather(-2, row))
+        by_log_mean[..., *large], by_log_theta[..., *large] = slope_mean, slope_theta
+        by_log_theta = by_log_theta.mul_(gradient).sum_to_size(theta.shape)
+        return None, by_log_mean.mul_(gradient), by_log_theta, *[None] * len(large)
+
+
+class _Slopes(NamedTuple):
+    """Log-pmf and its derivatives."""
+
+    value: Tensor
+    by_log_mean: Tensor
+    by_log_theta: Tensor
+
+
+def _textbook(
+    x: Tensor, log_mean: Tensor, log_theta: Tensor, where: tuple[Tensor, ...]
+) -> _Slopes:
+    """Return the log-pmf of a few entries, computed in double precision."""
+    count, size = x[where].double(), log_theta.expand_as(x)[where].double()
+    log_odds, theta = log_mean[..., *where].double() - size, size.exp()
+    log_scale, total = softplus(log_odds), count + theta
+    binomial = total.lgamma() - theta.lgamma() - (count + 1.0).lgamma()
+    moved = total * log_odds.sigmoid()
+    curved = theta * (total.digamma() - theta.digamma() - log_scale)
+    parts = binomial + count * log_odds - total * log_scale, count - moved, moved - count + curved
+    return _Slopes(*(part.to(x) for part in parts))
+
+
+def _few_large(x: Tensor) -> tuple[Tensor, ...] | None:
+    """Return where counts are too large for the table; None if many are, or on a GPU.
+
+    There it would mean to wait for the device, and what is saved here is nothing to it.
+    """
+    if x.is_cuda or not len(x):
+        return None
+    gene = (x.flatten(end_dim=-2).amax(0) > _LARGEST_SMALL).nonzero().squeeze(-1)
+    *cell, place = (x[..., gene] > _LARGEST_SMALL).nonzero(as_tuple=True)
+    return (*cell, gene[place]) if len(place) <= _FEW * x.numel() else None
+
+
+def _tables(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums over k < x of log (theta + k) / (theta' (k + 1)) and of k / (theta + k).
+
+    A row per count x, from 0 to the largest; the second is the part of the slope by log theta
+    that is not in closed form.
+    """
+    factor = torch.arange(_LARGEST_SMALL, dtype=theta.dtype, device=theta.device).unsqueeze(-1)
+    raised = torch.atleast_2d(theta) + factor
+    logs = (raised / (torch.atleast_2d(theta).clamp(min=1.0) * (factor + 1.0))).log()
+    return tuple(pad(part.cumsum(-2), (0, 0, 1, 0)) for part in (logs, factor / raised))
 
 
 def stirling_error(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -35,6 +35,23 @@ def log_prob(x, mean, theta):
     return NegativeBinomial(mean.log(), theta.log()[0]).log_prob(x)
 
 
+def among_zeros(x, log_mean, log_theta):
+    """Return the log-pmf of one cell's counts when nearly all other counts are zero.
+
+    Then each entry is read from a table, or is one of a few large ones.
+    """
+    n = x.shape[-1]
+    zeros, more = torch.zeros(1, 20 * n), torch.zeros(20 * n).to(log_theta)
+    x, log_mean = torch.cat([x, zeros.to(x)], -1), torch.cat([log_mean, zeros.to(x)], -1)
+    nb = NegativeBinomial(log_mean, torch.cat([log_theta, more]))
+    return nb.log_prob(x)[..., :n]
+
+
+def among_others(x, log_mean, log_theta):
+    """Return the log-pmf of one cell's counts; where many are large, in saddle-point form."""
+    return NegativeBinomial(log_mean, log_theta).log_prob(x)
+
+
 def within_four_errors(draws, truth):
     """Whether the mean over the first axis is within four standard errors of the truth."""
     draws = np.asarray(draws, dtype=float)
@@ -67,10 +84,18 @@ def exact_log_pmf(x, log_mean, log_theta):
     )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_log_pmf_in_forty_digits(dtype, tolerance):
+@pytest.mark.parametrize(
+    ("form", "dtype", "tolerance"),
+    [
+        (among_others, torch.float64, 1e-9),
+        (among_others, torch.float32, 1e-5),
+        (among_zeros, torch.float64, 2e-7),  # of 17 counts or more at theta = 1e8
+        (among_zeros, torch.float32, 1e-5),
+    ],
+)
+def test_log_pmf_in_forty_digits(form, dtype, tolerance):
     """Where the textbook formula fails: huge theta, huge counts, means far from the counts."""
-    counts = (0, 1, 2, 9, 10, 11, 1000, 3_000_000)
+    counts = (0, 1, 2, 9, 16, 17, 1000, 3_000_000)
     x, mean, theta = columns(
         counts, (0.01, 1.0, 30.0, 1e6), (1e-6, 0.5, 9.9, 10.1, 1e4, 1e6, 1e8), dtype=dtype
     )
@@ -80,7 +105,7 @@ def test_log_pmf_in_forty_digits(dtype, tolerance):
             exact_log_pmf(*entry)
             for entry in zip(x[0].tolist(), log_mean[0].tolist(), log_theta.tolist(), strict=True)
         ]
-    actual = NegativeBinomial(log_mean, log_theta).log_prob(x)[0]
+    actual = form(x, log_mean, log_theta)[0]
     np.testing.assert_allclose(actual.double(), expected, rtol=tolerance, atol=1e-11)
 
 
@@ -119,22 +144,26 @@ def test_samples_follow_their_generator_alone():
     assert not torch.equal(first, nb.sample(torch.Generator().manual_seed(6)))
 
 
-def test_gradients_are_those_of_finite_differences():
+@pytest.mark.parametrize("zeros", [0, 17])
+def test_gradients_are_those_of_finite_differences(zeros):
+    """Of several draws; with further cells of nothing, one of 51 counts is large."""
     x = torch.tensor([[0.0, 1.0, 7.0], [30.0, 2.0, 11.0]], dtype=torch.float64)
+    x = torch.cat([x, torch.zeros(zeros, 3).to(x)])
     generator = torch.Generator().manual_seed(0)
-    log_mean = torch.randn(4, 2, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    log_mean = torch.randn(4, len(x), 3, dtype=torch.float64, generator=generator).requires_grad_()
     log_theta = torch.tensor([-3.0, 0.5, 4.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda *parameters: NegativeBinomial(*parameters).log_prob(x), (log_mean, log_theta)
     )
 
 
-def test_gradients_in_single_precision():
+@pytest.mark.parametrize("form", [among_others, among_zeros])
+def test_gradients_in_single_precision(form):
     from scipy.special import digamma
 
-    x, mean, theta = columns((0, 1, 10, 500), (0.1, 5.0, 400.0), (0.01, 1.0, 30.0, 1e4))
+    x, mean, theta = columns((0, 1, 16, 500), (0.1, 5.0, 400.0), (0.01, 1.0, 30.0, 1e4))
     log_mean, log_theta = (v.log().float().requires_grad_() for v in (mean, theta))
-    NegativeBinomial(log_mean, log_theta[0]).log_prob(x.float()).sum().backward()
+    form(x.float(), log_mean, log_theta[0]).sum().backward()
     slope = torch.from_numpy(digamma((x + theta).numpy()) - digamma(theta.numpy()))
     slope = slope - torch.log1p(mean / theta)
     by_theta = theta * (slope + (mean - x) / (mean + theta))
