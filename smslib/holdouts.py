@@ -528,21 +528,23 @@ def _scores(stages: Mapping[str, _Stage], scoring: Cells, parts: Split) -> dict[
     scores: dict[str, Any] = {}
     bounds = _bounds(stages, scoring)
     for name, stage in stages.items():
-        level = _by_perturbation("iwelbo", bounds[name], parts, stage.applies)["iwelbo"]
+        level = _averages(_by_perturbation(bounds[name], parts, stage.applies))
         chosen = [held in stage.averaged for held in parts.held]
         scores[f"i_nll_{name}"] = -_mean(level, chosen)
         if name in ("before", "after"):  # elsewhere the gain tells it
             scores[f"iwelbo_{name}"] = level
         if name != "before":
             gain = bounds[name].astype(float) - bounds["before"]
-            scores |= _by_perturbation(f"gain_{name}", gain, parts, stage.applies)
+            groups = _by_perturbation(gain, parts, stage.applies)
+            scores[f"gain_{name}"] = _averages(groups)
+            scores[f"gain_{name}_sem"] = _standard_errors(groups)
             scores[f"mean_gain_{name}"] = _mean(scores[f"gain_{name}"], chosen)
         if name not in ("before", "after"):
             own = _mean(scores["gain_after"], chosen)
             scores[f"mean_short_{name}"] = own - scores[f"mean_gain_{name}"]
     for name in ("before", "after"):
         values = elbo(stages[name].model, scoring)
-        scores[f"elbo_{name}"] = _by_perturbation("elbo", values, parts, parts.held)["elbo"]
+        scores[f"elbo_{name}"] = _averages(_by_perturbation(values, parts, parts.held))
         scores[f"i_nelbo_{name}"] = -float(np.mean(scores[f"elbo_{name}"]))
     if "learned" in stages:
         graph = stages["learned"].model.prior.graph()[-len(parts.held) :]
@@ -563,22 +565,25 @@ def _bounds(stages: Mapping[str, _Stage], scoring: Cells) -> dict[str, Float[np.
 
 
 def _by_perturbation(
-    name: str, values: Float[np.ndarray, " cell"], parts: Split, applies: Sequence[str]
-) -> dict[str, list[float | None]]:
-    """Return mean and standard error over the cells of each held-out condition."""
-    rows, condition = parts.larger.index(parts.held), parts.scoring.condition.numpy()
-    groups = [values[condition == row].astype(float) for row in rows.tolist()]
-    fine = [
-        held in applies and len(group) > 0 for held, group in zip(parts.held, groups, strict=True)
+    values: Float[np.ndarray, " cell"], parts: Split, applies: Sequence[str]
+) -> list[np.ndarray]:
+    """Return the values of each held-out condition; none where the stage does not apply."""
+    rows, condition = parts.larger.index(parts.held).tolist(), parts.scoring.condition.numpy()
+    return [
+        values[(condition == row) & (held in applies)].astype(float)
+        for held, row in zip(parts.held, rows, strict=True)
     ]
-    both = list(zip(groups, fine, strict=True))
-    return {
-        name: [float(group.mean()) if ok else None for group, ok in both],
-        f"{name}_sem": [
-            float(group.std(ddof=1) / len(group) ** 0.5) if ok and len(group) > 1 else None
-            for group, ok in both
-        ],
-    }
+
+
+def _averages(groups: Sequence[np.ndarray]) -> list[float | None]:
+    return [float(group.mean()) if len(group) else None for group in groups]
+
+
+def _standard_errors(groups: Sequence[np.ndarray]) -> list[float | None]:
+    return [
+        float(group.std(ddof=1) / len(group) ** 0.5) if len(group) > 1 else None
+        for group in groups
+    ]
 
 
 def _mean(values: Sequence[float | None], chosen: Sequence[bool]) -> float:

@@ -211,10 +211,10 @@ def test_a_run_is_a_function_of_its_configuration():
 def test_scores_are_those_of_the_cells_of_each_condition(toy):
     parts = holdouts.split(CONFIG, toy)
     values = parts.scoring.counts[:, 0].numpy()
-    found = holdouts._by_perturbation("x", values, parts, ("c",))
+    groups = holdouts._by_perturbation(values, parts, ("c",))
     mine = values[(parts.scoring.condition == parts.larger.index(["c"])).numpy()]
-    assert found["x"] == [pytest.approx(mine.mean()), None]
-    assert found["x_sem"] == [pytest.approx(pd.Series(mine).sem()), None]
+    assert holdouts._averages(groups) == [pytest.approx(mine.mean()), None]
+    assert holdouts._standard_errors(groups) == [pytest.approx(pd.Series(mine).sem()), None]
 
 
 @pytest.mark.parametrize("method", ["vae", "beta-vae"])
