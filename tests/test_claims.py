@@ -828,7 +828,7 @@ def test_an_unknown_claim_or_a_badge_without_a_row_is_a_warning(tmp_path):
     small(tmp_path, {"other": "{claim}`C01` and {claim}`C02`"})
     done = build(tmp_path)
     assert done.returncode != 0
-    assert "no 'C02' in claims.yml; nearest: C01" in done.stderr
+    assert "no 'C02' in claims.yml; nearest known: ['C01" in done.stderr
     assert "reference target not found: claim-c01" in done.stderr
     assert "other.md" in done.stderr
 
@@ -871,7 +871,7 @@ def test_published_values_of_every_table_can_be_quoted(name, text):
     ("name", "message"),
     [
         ("table5.s0.2.svae+.r2", "no 'r2' in table5.s0.2.svae\\+"),
-        ("table5.s0.3.svae+.mcc", "no 's0.3.svae\\+' in table5; nearest: s0."),
+        ("table5.s0.3.svae+.mcc", "no 's0.3.svae\\+' in table5; nearest known: \\['s0."),
         ("table5.s0.2.svae+.mcc.sd", "no 'sd' in table5.s0.2.svae\\+.mcc"),
         ("table5.mcc", "no '' in table5"),
     ],

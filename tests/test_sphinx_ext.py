@@ -70,13 +70,13 @@ GOOD = {
     **{f"p{i}": "{result}`03_full.n`" for i in range(6)},
 }
 BAD = {
-    "{result}`03_full.svae.mcc:.2f`": "no 'svae.mcc' in 03_full.json; nearest: svae+.mcc",
-    "{result}`03_ful.n`": "no '03_ful' in book/results (experiments); nearest: 03_full",
+    "{result}`03_full.svae.mcc:.2f`": "no 'svae.mcc' in 03_full.json; nearest known: ['svae+.mcc'",
+    "{result}`03_ful.n`": "no '03_ful' in book/results (experiments); nearest known: ['03_full'",
     "{result}`03_full.svae+.mcc`": "0.91234 needs a format",
     "{result}`03_full.name:.2f`": "Unknown format code 'f'",
     "{result}`03_full.lost:.2f`": "the stored value is null",
     "{paper}`table9.svae+.mcc`": "no 'table9' in paper_values.yml",
-    "{paper}`table1.svae.mcc`": "no 'svae' in table1; nearest: svae+",
+    "{paper}`table1.svae.mcc`": "no 'svae' in table1; nearest known: ['svae+'",
     "{paper}`table1.svae+.r2`": "no 'r2' in table1.svae+",
     "{paper}`table1.svae+.nll.sd`": "no 'sd' in table1.svae+.nll",
     "{result}`bare.n`": "'bare' lacks provenance: dirty, date, wall_seconds",

@@ -10,7 +10,6 @@ A name that is not there is a warning, which the build treats as an error. A pag
 files that it reads: when only a result changes, its pages are rendered again.
 """
 
-import difflib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
 from smslib import store
+from smslib.names import nearest_known
 
 RESULTS = "book/results"
 PAPER = "paper_values.yml"
@@ -46,9 +46,7 @@ def pick(values: Mapping[str, Any], key: str, *, where: str) -> Any:  # noqa: AN
         If there is no such key.
     """
     if key not in values:
-        near = difflib.get_close_matches(key, [str(name) for name in values], n=3, cutoff=0.4)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        message = f"no {key!r} in {where}{hint}"
+        message = f"no {key!r} in {where}{nearest_known(key, values)}"
         raise Unknown(message)
     return values[key]
 
