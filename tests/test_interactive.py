@@ -10,6 +10,7 @@ from bs4 import BeautifulSoup
 from smslib_interactive import fill
 from smslib_results import Unknown
 
+from smslib import store
 from smslib.identifiability import diagnose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,9 +26,9 @@ def opened(chromium):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: errors.append(f"loads {request.url}"))
 
-    def open_one(name):
+    def open_one(name, edit=str):
         figure, _ = fill(FIGURES[name].read_text(), RESULTS)
-        page.set_content(f"<html lang='en'><title>x</title><body>{figure}")
+        page.set_content(f"<html lang='en'><title>x</title><body>{edit(figure)}")
         return page
 
     yield open_one
@@ -43,6 +44,16 @@ def rotation(opened):
 @pytest.fixture
 def phase(opened):
     return opened("phase")
+
+
+@pytest.fixture
+def path(opened):
+    return opened("alpha_path")
+
+
+@pytest.fixture
+def programs(opened):
+    return opened("programs")
 
 
 def press(page, knob, key, times=1):
@@ -153,6 +164,111 @@ def test_stored_scores_stand_in_their_cells(phase):
     row = phase.locator("tbody tr", has=phase.get_by_role("rowheader", name="1 in 2"))
     assert row.locator("td").nth(4).locator(".mcc").text_content() == f"MCC {stored}"
     assert phase.locator(".mcc").count() == 4
+
+
+# ------------------------------------------------------------------ the path along alpha
+
+
+def squares(page, what):
+    """Squares of the matrix by place, with the opacity of their filling."""
+    return page.locator(f".sms-path .gates .{what}").evaluate_all(
+        "found => found.map(r => [Math.floor((r.x.baseVal.value - 24) / 16), "
+        "Math.floor(r.y.baseVal.value / 16), Number(r.getAttribute('fill-opacity'))])"
+    )
+
+
+def test_every_step_of_the_path_says_what_is_stored(path):
+    stored = store.get("alpha_path", root=RESULTS)
+    press(path, "#sms-alpha", "Home")
+    for k, alpha in enumerate(stored["alpha"]):
+        assert path.locator("#sms-alpha + output").text_content() == str(alpha)
+        for name, digits in (("mcc", 2), ("f1", 2), ("nll", 1)):
+            shown = path.locator(f"[data-out={name}]").text_content()
+            assert shown == f"{stored[name][k]:.{digits}f}"
+        said, n_true = path.locator(".said").text_content(), sum(stored["graph"])
+        assert f"{stored['n_edges'][k]:.0f} are open" in said
+        assert f"{stored['recall'][k] * n_true:.0f} of the {n_true} true edges" in said
+        assert f"above {stored['threshold'][k]:.2f} prior" in said
+        assert f": {stored['n_above'][k]} true ones" in said
+        press(path, "#sms-alpha", "ArrowRight")
+    assert path.locator("#sms-alpha").get_attribute("aria-valuetext") == "alpha 800"
+
+
+def test_the_squares_are_the_stored_gates_and_the_frames_the_true_edges(path):
+    stored = store.get("alpha_path", root=RESULTS)
+    shape = stored["n_targets"], stored["n_latent"]
+    graph = np.reshape(stored["graph"], shape)
+    order = sorted(range(shape[0]), key=lambda target: (-graph[target]).tolist())
+    frames = {(across, down) for across, down, _ in squares(path, "edge")}
+    assert frames == set(zip(*np.nonzero(graph[order]), strict=True))
+    press(path, "#sms-alpha", "End")
+    shown = np.zeros(shape)
+    for across, down, opacity in squares(path, "gate"):
+        shown[across, down] = opacity
+    last = np.reshape(stored[f"gates.alpha{stored['alpha'][-1]}"], shape)
+    np.testing.assert_allclose(shown, last[order] / 100)
+
+
+# ------------------------------------------------------------------ the latents, one at a time
+
+
+def genes(page, way):
+    rows = page.locator(f".{way} tbody tr")
+    return rows.locator("th").all_text_contents(), rows.locator(".weight").all_text_contents()
+
+
+@pytest.mark.parametrize("kind", ["true", "shuffled"])
+def test_every_latent_is_shown_as_it_is_stored(programs, kind):
+    stored = store.get("programs", root=RESULTS)
+    programs.locator("#sms-labels").select_option(kind)
+    press(programs, "#sms-latent", "Home")
+    for k, share in enumerate(stored[f"{kind}.share"]):
+        assert programs.locator("#sms-latent + output").text_content() == str(k)
+        for way in ("up", "down"):
+            names, weights = genes(programs, way)
+            assert names == stored[f"{kind}.{way}"][k].split()
+            expected = stored[f"{kind}.{way}_weights"][k].replace("-", "\N{MINUS SIGN}")
+            assert weights == expected.split()
+        facts = dict.fromkeys(("share", "r", "opened", "targets", "q", "pathway"))
+        facts = {name: programs.locator(f"[data-out={name}]").text_content() for name in facts}
+        assert facts["share"] == f"{share * 4:.0f} of 4"
+        assert facts["r"].startswith(f"{stored[f'{kind}.median_r'][k]:.2f} ")
+        opened = stored[f"{kind}.opened"][k].split()
+        assert [part.split()[0] for part in facts["opened"].split(", ")] == (opened or ["none"])
+        assert facts["targets"] == (", ".join(stored[f"{kind}.targets"][k].split()) or "none")
+        assert facts["q"].startswith(f"{stored[f'{kind}.q.interferon-gamma response'][k]:.3f};")
+        assert facts["pathway"] == f"{stored[f'{kind}.pathway_q'][k]:.3f}"
+        press(programs, "#sms-latent", "ArrowRight")
+
+
+def verdicts(page, kind):
+    page.locator("#sms-labels").select_option(kind)
+    press(page, "#sms-latent", "Home")
+    found = []
+    for _ in range(10):
+        found.append(page.locator(".verdict").text_content())
+        press(page, "#sms-latent", "ArrowRight")
+    return found
+
+
+@pytest.mark.parametrize("kind", ["true", "shuffled"])
+def test_no_latent_is_called_a_finding_that_is_none(programs, kind):
+    stored = store.get("programs", root=RESULTS)
+    said = verdicts(programs, kind)
+    assert [text.startswith("A finding") for text in said] == stored[f"{kind}.finding"]
+    assert ["it comes back" in text for text in said] == stored[f"{kind}.recurs"]
+    opened = [names != "" for names in stored[f"{kind}.opened"]]
+    assert ["no perturbation opens it" not in text for text in said] == opened
+
+
+def test_a_finding_would_be_called_one(opened):
+    page = opened(
+        "programs", lambda figure: figure.replace('"finding": "False', '"finding": "True')
+    )
+    assert verdicts(page, "true")[0] == (
+        "A finding: it comes back, and so does a perturbation that opens it."
+    )
+    assert verdicts(page, "true")[1].startswith("No finding")
 
 
 # ------------------------------------------------------------------ all of them
