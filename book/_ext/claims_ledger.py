@@ -108,7 +108,7 @@ class Store:
                 raise NotStored(NOT_YET, f"{experiment} is not stored")
             self._experiments[experiment] = results.get(experiment, root=self.folder)
         if (found := self._experiments[experiment].get(key)) is None:
-            raise NotStored(NOT_RUN, f"{experiment} has no finite {key}")
+            raise NotStored(NOT_RUN, f"{experiment} has no {key}")
         return found
 
     def value(self, experiment: str, key: str) -> float:
@@ -217,7 +217,7 @@ def _half_interval(values: np.ndarray) -> float:
     """Return half the width of Student's 95 % interval of the mean."""
     n = len(values)
     if n < FEWEST_PAIRS:
-        raise NotStored(NOT_RUN, f"{n} paired seeds, too few for an interval")
+        raise NotStored(NOT_RUN, f"{n} paired seed{'s' * (n != 1)}, too few for an interval")
     found = metrics.interval(values)
     return (found.high - found.low) / 2
 
