@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "studies": {"recipes", "sweep"},
     "ceilings": {"data", "metrics", "model", "simulate"},
     "benchmark": set(CHAIN) | ALONE | {"ceilings", "controls", "simulate", "studies"},
-    "alpha_path": set(CHAIN) - {"benchmark"} | ALONE | {"simulate"},
+    "alpha_path": set(CHAIN) - {"benchmark"} | ALONE | {"alpha_path", "simulate"},
     "controls": {"metrics"},
     "screens": set(CHAIN) - {"benchmark"} | ALONE | {"perturbseq"},
     # programs_study: for its command line alone
