@@ -827,7 +827,8 @@ def _diamonds(
     ax.vlines(places, means - spreads, means + spreads, colors="black", linewidth=0.9)
     diamond = {"marker": "D", "facecolors": "white", "edgecolors": "black", "linewidths": 0.9}
     ax.scatter(places, means, s=24, label="paper", zorder=3, **diamond)
-    frame = {"frameon": True, "fancybox": False, "edgecolor": "#bbbbbb"}  # else it reads as a value
+    # Without a frame the diamond of the legend reads as a value.
+    frame = {"frameon": True, "fancybox": False, "edgecolor": "#bbbbbb"}
     ax.legend(loc="best", handletextpad=0.2, **frame)
 
 

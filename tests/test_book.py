@@ -4,8 +4,10 @@ something that breaks it.
 
 import base64
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,7 @@ SOURCE_RULES = [
     rules.cell_content,
     rules.tags,
     rules.execution,
+    rules.installation,
     rules.private_paths,
     rules.one_image_per_cell,
 ]
@@ -49,6 +52,15 @@ SOURCE_RULES = [
 @pytest.mark.parametrize("rule", SOURCE_RULES, ids=lambda rule: rule.__name__)
 def test_notebook_follows(rule, name):
     assert rule(committed(name)) == []
+
+
+def test_what_a_notebook_installs_is_this_repository_with_extras_that_it_has():
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    assert f"git clone -q --depth 1 {address}\n" in rules.INSTALL
+    assert f"%cd {address.rpartition('/')[2]}/notebooks\n" in rules.INSTALL
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.search(r"\.\.\[(.*)\]", rules.INSTALL)[1].split(",")
+    assert set(named) <= set(extras["optional-dependencies"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,8 +107,6 @@ def test_a_folder_keeps_its_budget(folder):
 
 
 def test_bibliography_keys_are_unique():
-    import re
-
     text = (ROOT / "book" / "references.bib").read_text()
     keys = re.findall(r"^@\w+\{([^,]+),", text, re.MULTILINE)
     assert keys == sorted(set(keys))
@@ -203,6 +213,7 @@ def stream(text):
         (rules.tags, notebook("x", tags=["hide-me"]), "'hide-me'"),
         (rules.execution, notebook("1", "2", count=2, outputs=[stream("1")]), r"\[2, 3\]"),
         (rules.execution, notebook("x = 1"), "no cell has an output"),
+        (rules.installation, notebook("x = 1", rules.INSTALL), "does not install"),
         (rules.private_paths, notebook("x", outputs=[stream("in /home/me/data")]), "/home/me"),
         (rules.one_image_per_cell, notebook("x", outputs=[IMAGE, IMAGE]), "2 images"),
         (rules.headings, page("<h1>a</h1><h3>b</h3>"), "level 1 is followed by level 3"),
@@ -216,8 +227,6 @@ def stream(text):
     ],
 )
 def test_a_rule_catches(rule, bad, says):
-    import re
-
     assert re.search(says, "; ".join(rule(bad)))
 
 

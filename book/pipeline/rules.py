@@ -28,6 +28,13 @@ TAGS = {
     "remove-input",
     "remove-output",
 }
+# What makes a notebook run where it was opened alone; elsewhere it does nothing.
+INSTALL = """from importlib.util import find_spec
+
+if not find_spec("smslib"):  # on Colab: the book with its results, and the library
+    !git clone -q --depth 1 https://github.com/smslib/smslib
+    %cd smslib/notebooks
+    %pip install -q "..[data,plot]\""""
 _URL = re.compile(r"https?://")
 _SHOWN_CODE = re.compile(r"^(`{3,})(\{code|python|bash|text|\n).*?^\1", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$]*\$", re.DOTALL)
@@ -44,8 +51,14 @@ _NOT_PROSE = (
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    """Return the code cells."""
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+    """Return the code cells that the author wrote."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source != INSTALL]
+
+
+def installation(notebook: NotebookNode) -> list[str]:
+    """Find notebooks that do not begin by fetching what they need."""
+    first = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return [] if first == INSTALL else ["the first code cell does not install what is needed"]
 
 
 def cell_lengths(notebook: NotebookNode) -> list[str]:
@@ -94,7 +107,7 @@ def tags(notebook: NotebookNode) -> list[str]:
 
 def execution(notebook: NotebookNode) -> list[str]:
     """Find cells not run, or not once and in order, and notebooks that show nothing."""
-    cells = code_cells(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     counts = [cell.execution_count for cell in cells]
     found = []
     if counts != list(range(1, len(cells) + 1)):
