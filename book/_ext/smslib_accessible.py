@@ -17,16 +17,19 @@ _SCROLLS = re.compile(
     rf'(?P<output>{_OUTPUT}[^"]*")(?=>(?:(?!{_OUTPUT}).)*?<img [^>]*class="[^"]*\bwide\b)',
     re.DOTALL,
 )
+# And a drawing, which keeps a width at which its words can be read.
+_DRAWING = re.compile(r'<figure(?P<attributes>[^>]*)>(?=\s*<img [^>]*src="[^"]*\.svg")')
 _WIDE = 800  # pixels
 
 
 def mended(html: str) -> str:
     """Return ``html`` with plain cells for empty headings, lists of items for bibliographies.
 
-    Outputs that scroll can be reached by keys.
+    Outputs and drawings that scroll can be reached by keys.
     """
     html = _EMPTY_HEADING.sub(r"<td\g<attributes>></td>", html)
     html = _SCROLLS.sub(r'\g<output> tabindex="0"', html)
+    html = _DRAWING.sub(r'<figure\g<attributes> tabindex="0">', html)
     return html.replace(_ENTRY, 'role="listitem"')
 
 
