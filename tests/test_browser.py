@@ -96,7 +96,7 @@ MEASURE = """() => {
     overflow: document.documentElement.scrollWidth - window.innerWidth,
     article: article.getBoundingClientRect().width,
     unloaded: shown.filter(i => !(i.complete && i.naturalWidth)).map(i => i.src),
-    wide: shown.filter(i => !i.matches('.cell_output .wide'))
+    wide: shown.filter(i => !i.matches('.cell_output .wide, figure[tabindex] > img'))
       .filter(i => i.getBoundingClientRect().right > window.innerWidth + 1).length,
     small: shown.filter(i => i.naturalWidth > 800)
       .filter(i => i.src.endsWith('.png') && i.getBoundingClientRect().width < 600)
