@@ -31,7 +31,7 @@ TAGS = {
 # What makes a notebook run where it was opened alone; elsewhere it does nothing.
 INSTALL = """from importlib.util import find_spec
 
-if not find_spec("smslib"):  # on Colab: the book with its results, and the library
+if not find_spec("smslib"):  # on Colab: fetch book and library
     !git clone -q --depth 1 https://github.com/smslib/smslib
     %cd smslib/notebooks
     %pip install -q "..[data,plot]\""""
