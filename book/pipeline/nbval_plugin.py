@@ -8,17 +8,35 @@ notebook that declares data which are not there is skipped and says so.
 """
 
 import os
+import tempfile
+import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import nbval.kernel
 import pytest
+from jupyter_client.manager import KernelManager
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile
 
 from pipeline import pages
 from pipeline.compare import Tolerance, output_differences
 from pipeline.execute import kernel_environment
+
+
+def manager(**options: object) -> KernelManager:
+    """Return a kernel that talks over named sockets.
+
+    Ports are chosen before they are taken: of kernels that start side by side one may wait in
+    vain for the other's.
+    """
+    name = Path(tempfile.gettempdir(), f"kernel-{uuid.uuid4().hex}")
+    return KernelManager(transport="ipc", ip=str(name), **options)
+
+
+if os.name == "posix":  # elsewhere there are none
+    nbval.kernel.KernelManager = manager
 
 
 @pytest.hookimpl(wrapper=True)
