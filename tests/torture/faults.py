@@ -36,7 +36,7 @@ FAULTS = {
         "_scaled(true, method).T @ _scaled(estimated, method)",
         "_scaled(estimated, method).T @ _scaled(true, method)",
         ("metrics",),
-        "disentanglement",
+        "targets",
     ),
     "missing half of the KL": Fault(
         "distributions",
