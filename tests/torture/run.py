@@ -49,7 +49,7 @@ PARTS = {
     "fuzz": _fuzz,
     "interruptions": _interruptions,
     "supply": lambda _share: supply.build_and_try(),
-    "faults": lambda _share: faults.plant_all(),
+    "faults": lambda _share: faults.plant_all(pages=True),
     "mutants": lambda share: mutants.kill_some(round(150 * share)),
 }
 
