@@ -113,7 +113,13 @@ class SMS:
         from_anndata(adata, **note)
         adata.uns[_SETUP] = note
 
-    def train(self, *, epochs: int | None = None, progress: bool = True) -> History:
+    def train(
+        self,
+        *,
+        epochs: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> History:
         """Fit the model and return the history.
 
         The weights kept are those of the recipe: with "paper" the last ones, otherwise the best
@@ -123,13 +129,15 @@ class SMS:
         ----------
         epochs : int, optional
             Instead of the recipe's number; a warm-up that is a share of the epochs follows.
+        checkpoint : path, optional
+            File from which an interrupted training, started again by the same lines, goes on; see
+            `smslib.train.fit`.
         progress : bool
             Show a bar when the session is interactive.
         """
         _, config = self._build(epochs=epochs)
-        self.history = fit(
-            self.module, self._train, config, validation=self._validation, progress=progress
-        )
+        options = {"validation": self._validation, "checkpoint": checkpoint}
+        self.history = fit(self.module, self._train, config, **options, progress=progress)
         return self.history
 
     def get_latent_representation(self) -> Float[np.ndarray, "cell latent"]:

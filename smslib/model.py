@@ -6,11 +6,11 @@ prior alone, so that a perturbation can act on the genes only through the latent
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smslib import files, untrusted
+from smslib import files, tensors
 from smslib.data import Batches, Cells, Design, minibatches, seeded
 from smslib.distributions import Moments, NegativeBinomial, kl_to_shifted_normal
 from smslib.newton import log_rate_and_jacobian, newton_step
@@ -33,6 +33,7 @@ Activation = Literal["relu", "leaky_relu"]
 _SLOPES = {"leaky_relu": 0.2, "relu": 0.0}  # below zero
 _SMALLEST_SPREAD = 1e-2  # of log counts: a constant gene must not become noise
 _STEPS_IN_EVALUATION = 4  # further ones move nothing
+_DEEP = 1e6  # UMIs of a cell, more than any real one has
 SMALLEST_VARIANCE = 1e-4  # of q(z | x), as released
 
 
@@ -323,9 +324,13 @@ class SMSVAE(nn.Module):
 
     def _newton_step(self, z: Tensor, counts: Tensor, shift: Tensor) -> Tensor:
         layers = [part for part in (*self.decoder, self.genes) if isinstance(part, nn.Linear)]
+        theta, kind = self.log_theta.exp(), z.dtype
+        if _is_deep(counts):
+            layers = [copy.deepcopy(part).double() for part in layers]
+            z, counts, shift, theta = (part.double() for part in (z, counts, shift, theta))
         log_rate, jacobian = log_rate_and_jacobian(layers, _SLOPES[self.options["activation"]], z)
-        theta = self.log_theta.exp()
-        return newton_step(z, counts, shift, log_rate=log_rate, jacobian=jacobian, theta=theta)
+        step = newton_step(z, counts, shift, log_rate=log_rate, jacobian=jacobian, theta=theta)
+        return step.to(kind)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
@@ -343,7 +348,7 @@ class SMSVAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         names = folder / "weights.pt", folder / "config.json"
         with files.together(*names) as (weights, described):
-            _write(self._state(), weights)
+            tensors.write(self._state(), weights)
             config = {**self._config(), "weights_sha256": _digest(weights)}
             described.write_text(json.dumps(config, indent=1))
 
@@ -410,22 +415,10 @@ def _saved(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     config = json.loads((folder / "config.json").read_text())
     if config.get("weights_sha256") not in (None, _digest(path)):  # None: of before there was one
         raise ValueError("configuration and weights are of two savings")
-    untrusted.check_stored_zip(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = tensors.read(path)
     if any(part.nbytes > part.untyped_storage().nbytes() for part in state.values()):
         raise ValueError("a weight declares more numbers than it has")
     return config, state
-
-
-def _write(state: dict[str, Tensor], path: Path) -> None:
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # torch's word for a full disk, too
-        free = files.size_text(shutil.disk_usage(path.parent).free)
-        raise OSError(
-            f"the weights cannot be written into {path.parent}, where {free} are free; what was "
-            "saved there before is kept"
-        ) from error
 
 
 def _digest(path: Path) -> str:
@@ -468,6 +461,14 @@ def _rectifier(activation: Activation) -> nn.Module:
     if activation == "relu":
         return nn.ReLU(inplace=True)
     raise ValueError(f"activation is {activation!r}; expected 'leaky_relu' or 'relu'")
+
+
+def _is_deep(counts: Float[Tensor, "cell gene"]) -> bool:
+    """Say whether a likelihood may be so sharp that single precision steps past its mode.
+
+    A GPU is not asked, because the answer would keep it waiting.
+    """
+    return counts.device.type == "cpu" and bool((counts.sum(-1) > _DEEP).any())
 
 
 def _log_binomial(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from smslib import parallel
+from smslib.checkpoints import Checkpoint, identity
 from smslib.data import Batches, Cells, minibatches, seeded
 from smslib.model import SMSVAE, Terms
 
@@ -130,6 +133,14 @@ class History:
     rows: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
 
+    def state_dict(self) -> dict[str, object]:
+        """Return the rows, for a checkpoint."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take up the rows of a checkpoint."""
+        self.rows = state["rows"]
+
     def frame(self) -> pd.DataFrame:
         """Return one row per epoch."""
         import pandas as pd
@@ -152,6 +163,7 @@ def fit(
     *,
     validation: Cells | Batches | None = None,
     group: distributed.ProcessGroup | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> History:
     """Maximise the ELBO by stochastic gradients; this changes ``model`` in place.
@@ -168,6 +180,12 @@ def fit(
     group : ProcessGroup, optional
         Processes (started by ``torchrun``) that share every batch out among them. Each calls this
         with the same model, cells and configuration, and each ends with the same weights.
+    checkpoint : path, optional
+        File that keeps the state after every epoch. The same call, made again after an
+        interruption, goes on from there and ends with the same weights, to the last bit on one
+        device and thread count; made again after its end, it does nothing but restore them. Of
+        Batches the loader has to give an epoch the same cells again. The file stays; remove it
+        once the model is saved.
     progress : bool
         Show a bar when the session is interactive.
 
@@ -180,15 +198,19 @@ def fit(
     ValueError
         If cells and model disagree in device, genes or conditions; counts are not finite;
         batches are too large or a pass over them has not ``n_cells`` cells; ``patience`` is given
-        without validation cells; or processes disagree.
+        without validation cells; processes disagree; or ``checkpoint`` is damaged, of another
+        fit, or given to a group.
     FloatingPointError
         At the first loss that is not finite; the term that broke is named.
+    OSError
+        If the checkpoint cannot be written.
     """
     config = config or TrainConfig()
     cells = _checked(model, cells, "cells", config.batch_size)
     if validation is not None:
         validation = _checked(model, validation, "validation", validation.n_cells)
     _check_patience(config, validation)
+    _check_checkpoint(checkpoint, group)
     rank = 0
     if group is not None:
         rank = group.rank()
@@ -197,33 +219,56 @@ def fit(
     newton = model.newton
     try:
         with seeded(config.seed + rank):
-            history = _loop(model, cells, config, validation, group, progress and not rank)
+            course = _Course(model, config, cells, validation, checkpoint)
+            history = _loop(course, cells, validation, group, progress and not rank)
     finally:
         model.newton = newton
     model.eval()
     return history
 
 
+class _Course:
+    """All that moves during a fit, and the file that remembers it."""
+
+    def __init__(
+        self,
+        model: SMSVAE,
+        config: TrainConfig,
+        cells: Cells | Batches,
+        validation: Cells | Batches | None,
+        checkpoint: str | os.PathLike[str] | None,
+    ) -> None:
+        self.model, self.config = model, config
+        matrices = _matrices(model) if config.optimizer == "muon" else []
+        self.optimizer = _Optimizer(model.parameters(), config, matrices=matrices)
+        self.order = torch.Generator().manual_seed(config.seed)
+        self.history, self.best = History(), _Best(config)
+        parts = {"model": model, "optimizer": self.optimizer}
+        parts |= {"history": self.history, "best": self.best}
+        path, fit = None, ""
+        if checkpoint is not None:
+            path = Path(checkpoint)
+            fit = identity(model.state_dict(), config, cells, validation)
+        self.kept = Checkpoint(path, fit, parts, self.order, model.device)
+
+
 def _loop(
-    model: SMSVAE,
+    course: _Course,
     cells: Cells | Batches,
-    config: TrainConfig,
     validation: Cells | Batches | None,
     group: distributed.ProcessGroup | None,
     progress: bool,
 ) -> History:
+    model, config, best, history = course.model, course.config, course.best, course.history
     shared = model if group is None else parallel.SharedOut(model, group)
-    matrices = _matrices(model) if config.optimizer == "muon" else []
-    optimizer = _Optimizer(model.parameters(), config, matrices=matrices)
-    order = torch.Generator().manual_seed(config.seed)
-    history, best, newton = History(), _Best(config), model.newton
-    n_draws = _draws(config, config.epochs - 1)
+    newton, n_draws = model.newton, _draws(config, config.epochs - 1)
     first_with_steps = min(config.encoder_share * config.epochs, config.epochs - 1)
-    bar = tqdm(range(config.epochs), disable=None if progress else True, leave=False, unit="epoch")
+    epochs, hidden = range(course.kept.resume(), config.epochs), None if progress else True
+    bar = tqdm(epochs, disable=hidden, leave=False, unit="epoch")
     for epoch in bar:
         start = time.perf_counter()
         model.newton = newton and epoch >= first_with_steps
-        row = {"epoch": epoch, **_epoch(shared, cells, config, optimizer, order, epoch, group)}
+        row = {"epoch": epoch, **_epoch(shared, cells, course, epoch, group)}
         if validation is not None:
             row |= _validate(model, validation, config, epoch, group)
             if model.newton == newton and _draws(config, epoch) == n_draws:
@@ -231,7 +276,9 @@ def _loop(
                 best.update(epoch, row["validation_elbo"], model)
         history.rows.append(row | {"seconds": time.perf_counter() - start})
         bar.set_postfix(elbo=f"{row.get('validation_elbo', row['elbo']):.2f}")
-        if best.exhausted(epoch):
+        ends = best.exhausted(epoch)
+        course.kept.write(config.epochs if ends else epoch + 1)
+        if ends:
             break
     history.best_epoch = best.restore(model)
     return history
@@ -240,20 +287,21 @@ def _loop(
 def _epoch(
     model: SMSVAE | parallel.SharedOut,
     cells: Cells | Batches,
-    config: TrainConfig,
-    optimizer: _Optimizer,
-    order: torch.Generator,
+    course: _Course,
     epoch: int,
     group: distributed.ProcessGroup | None,
 ) -> dict[str, float]:
     """Visit every training cell once; return the means of the terms."""
     model.train()
+    config, optimizer = course.config, course.optimizer
     n_cells, n_steps = cells.n_cells, math.ceil(cells.n_cells / config.batch_size)
     weights = _weights(config, epoch)
     n_draws = _draws(config, epoch)
     scale = n_cells if config.loss_scale == "screen" else 1
     seen = []
-    batches = minibatches(cells, config.batch_size, generator=order, smallest=min(3, n_cells))
+    batches = minibatches(
+        cells, config.batch_size, generator=course.order, smallest=min(3, n_cells)
+    )
     for step, batch in enumerate(batches):
         optimizer.set_rate(epoch + min(1.0, step / n_steps))
         terms = model(batch, n_draws=n_draws)
@@ -341,6 +389,12 @@ class _Best:
             if self.config.keep == "best":
                 self.state = copy.deepcopy(model.state_dict())
 
+    def state_dict(self) -> dict[str, object]:
+        return {"epoch": self.epoch, "elbo": self.elbo, "state": self.state}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.epoch, self.elbo, self.state = state["epoch"], state["elbo"], state["state"]
+
     def exhausted(self, epoch: int) -> bool:
         patience = self.config.patience
         return patience is not None and self.epoch is not None and epoch - self.epoch >= patience
@@ -384,6 +438,15 @@ class _Optimizer:
         for part, rate in zip(self.parts, self.rates, strict=True):
             for group in part.param_groups:
                 group["lr"] = rate * share
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the state of each part."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take up the state of each part."""
+        for part, known in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(known)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -439,6 +502,18 @@ def _check_patience(config: TrainConfig, validation: Cells | Batches | None) -> 
         raise ValueError(
             "patience is set but there are no validation cells; pass validation= or patience=None"
         )
+
+
+def _check_checkpoint(
+    checkpoint: str | os.PathLike[str] | None, group: distributed.ProcessGroup | None
+) -> None:
+    if checkpoint is None:
+        return
+    if group is not None:
+        raise ValueError("a fit shared by processes keeps no checkpoint; pass checkpoint=None")
+    folder = Path(checkpoint).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{folder}, where the checkpoint is to lie, is no folder; make it first")
 
 
 def _check(model: SMSVAE, cells: Cells, name: str) -> None:

@@ -63,6 +63,15 @@ def test_training_improves_the_elbo():
     assert history["validation_elbo"].max() > history["validation_elbo"].iloc[0] + 1
 
 
+def test_a_training_with_a_checkpoint_is_made_once(tmp_path, monkeypatch):
+    first = make_model()
+    first.train(epochs=3, checkpoint=tmp_path / "fit.ckpt", progress=False)
+    monkeypatch.setattr("smslib.train._epoch", None)
+    again = make_model()
+    again.train(epochs=3, checkpoint=tmp_path / "fit.ckpt", progress=False)
+    assert again.get_shifts().equals(first.get_shifts())
+
+
 def test_latents_take_the_condition_into_account(fitted):
     relabelled = make_adata()
     relabelled.obs["target"] = relabelled.obs["target"].map({"none": "a", "a": "none", "b": "b"})

@@ -19,6 +19,7 @@ CHAIN = (
     "newton",
     "model",
     "parallel",
+    "checkpoints",
     "train",
     "evaluate",
     "transfer",
@@ -26,7 +27,12 @@ CHAIN = (
     "sweep",
     "benchmark",
 )
-LEAVES = {"files", "names", "untrusted"}  # all may import these, and these import nothing
+LEAVES = {
+    "files",
+    "names",
+    "tensors",
+    "untrusted",
+}  # all may import these, which import each other at most
 ALONE = {
     "enumeration",
     "gauge",
@@ -39,6 +45,7 @@ MAY_IMPORT = {
     **{name: set() for name in LEAVES},
     **{name: set(CHAIN[:place]) for place, name in enumerate(CHAIN)},
     **{name: set() for name in ALONE},
+    "tensors": {"files", "untrusted"},
     "newton": set(),
     "store": {"metrics"},
     "sweep": set(CHAIN[: CHAIN.index("sweep")]) | {"store"},

@@ -563,6 +563,19 @@ def test_a_book_is_rendered_once_and_never_with_a_warning(tmp_path, monkeypatch)
     assert render.render(source, tmp_path) == index
 
 
+def test_a_rendering_that_was_killed_near_its_end_is_made_anew(tmp_path):
+    source, html = tmp_path / "src", tmp_path / "_build" / "html"
+    contents = {"_config.yml": CONFIG, "_toc.yml": "format: jb-book\nroot: index\n"}
+    contents |= {"index.md": "# Title\n"}
+    files.mirror({name: text.encode() for name, text in contents.items()}, source)
+    render.render(source, tmp_path)
+    last = [html / "objects.inv", html / "searchindex.js"]
+    for path in (tmp_path / "_build" / "rendered", *last):
+        path.unlink()
+    render.render(source, tmp_path)
+    assert all(path.is_file() for path in last)
+
+
 def test_the_command_line_reports_a_failed_page_and_its_status(monkeypatch, capsys):
     from pipeline import __main__ as command
 

@@ -16,7 +16,7 @@ TORTURE = Path(__file__).resolve().parent / "torture"
 
 def test_jobs_that_are_killed_or_started_eight_times_at_once_end_as_if_alone():
     """In a process of its own, as it forks."""
-    jobs = ["sweep", "download", "prepare", "model"]
+    jobs = ["sweep", "checkpoint", "download", "prepare", "model"]
     command = [sys.executable, str(TORTURE / "interruptions.py"), "--kills", "2", "--rounds", "1"]
     done = subprocess.run(
         [*command, "--only", *jobs],

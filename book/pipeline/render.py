@@ -28,21 +28,23 @@ def render(source: Path, output: Path) -> Path:
     Raises
     ------
     RenderFailed
-        On any warning. The cache is then dropped, because Sphinx repeats a warning only for
-        pages it reads again: a second run would call the same book clean.
+        On any warning.
     """
     build = output.resolve() / "_build"
     index, stamp, print_ = build / "html" / "index.html", build / "rendered", fingerprint(source)
     if index.is_file() and stamp.is_file() and stamp.read_text() == print_:
         return index
     build.mkdir(parents=True, exist_ok=True)
+    if not stamp.is_file():
+        # The last rendering was killed or had warnings. Sphinx would not repeat these, and would
+        # leave out what it writes last, the index of the search among it.
+        shutil.rmtree(build / ".doctrees", ignore_errors=True)
     stamp.unlink(missing_ok=True)
     call = command(output, *_FLAGS)
     done = subprocess.run(call, cwd=source, capture_output=True, text=True, check=False)
     log = build / "render.log"
     log.write_text(done.stdout + done.stderr)
     if done.returncode != 0:
-        shutil.rmtree(build / ".doctrees", ignore_errors=True)
         message = f"the book does not render cleanly:\n{problems(done.stderr)}\nlog in {log}"
         raise RenderFailed(message)
     files.write_atomic(stamp, print_.encode())

@@ -34,8 +34,9 @@ import pandas as pd
 import torch
 from killing import tasks
 from scipy import sparse
+from torture import small_book
 
-from smslib import sources, store, streaming, sweep
+from smslib import sources, store, streaming, sweep, tensors
 from smslib.data import Cells, Design
 from smslib.model import SMSVAE
 from smslib.train import TrainConfig, fit
@@ -77,10 +78,13 @@ def _small_fit(config):
     cells = Cells(counts + 1, torch.arange(60) % 3)
     model = SMSVAE.preset("svae+", Design.single_target(("a", "b")), 8, n_latent=2, n_hidden=8)
     fit(model, cells, TrainConfig(epochs=3, seed=config["x"]), progress=False)
-    bits = b"".join(part.numpy().tobytes() for part in model.state_dict().values())
     with open(os.environ["LOG"], "a") as log:
         log.write(f"{config['x']}\n")
-    return {"weights": hashlib.sha256(bits).hexdigest()}
+    return {"weights": hashlib.sha256(_bits(model)).hexdigest()}
+
+
+def _bits(model):
+    return b"".join(part.numpy().tobytes() for part in model.state_dict().values())
 
 
 def _study(task, n_runs):
@@ -109,6 +113,32 @@ def _study(task, n_runs):
         return b"".join(path.name.encode() + path.read_bytes() for path in files)
 
     return Job(prepare, work, check, result)
+
+
+def _one_fit():
+    """A single fit with a checkpoint."""
+
+    def work(folder):
+        counts = torch.poisson(
+            torch.full((90, 8), 5.0), generator=torch.Generator().manual_seed(0)
+        )
+        cells = Cells(counts + 1, torch.arange(90) % 3)
+        model = SMSVAE.preset("svae+", Design.single_target(("a", "b")), 8, n_latent=2, n_hidden=8)
+        config = TrainConfig(epochs=40, batch_size=30, seed=1)
+        history = fit(model, cells, config, checkpoint=folder / "fit.ckpt", progress=False)
+        assert [row["epoch"] for row in history.rows] == list(range(40))
+        (folder / "done").write_bytes(_bits(model))
+
+    def check(folder):
+        """What is kept is a whole state of this fit."""
+        if (folder / "fit.ckpt").exists():
+            kept = tensors.read(folder / "fit.ckpt")
+            assert len(kept["history"]["rows"]) == kept["epochs_done"]
+
+    def result(folder):
+        return (folder / "done").read_bytes() if (folder / "done").exists() else b""
+
+    return Job(lambda _folder: None, work, check, result)
 
 
 def _download():
@@ -190,8 +220,7 @@ def _saving():
         if not (folder / "done").exists():
             return b""
         # Of the weights, not of their file, which holds the name of its draft.
-        state = SMSVAE.load(folder / "model").state_dict()
-        return b"".join(part.numpy().tobytes() for part in state.values())
+        return _bits(SMSVAE.load(folder / "model"))
 
     return Job(prepare, work, check, result)
 
@@ -255,14 +284,32 @@ def _staging():
     return Job(prepare, work, check, result, share=0.2)
 
 
+def _book():
+    """The pipeline of `make book`, on a book of two pages."""
+
+    def work(folder):
+        small_book.build(folder / "book")
+        (folder / "done").touch()
+
+    def result(folder):
+        return small_book.rendered(folder / "book") if (folder / "done").exists() else b""
+
+    def prepare(folder):
+        small_book.begin(folder / "book")
+
+    return Job(prepare, work, lambda folder: small_book.check(folder / "book"), result)
+
+
 JOBS = {
     "sweep": _study(_square, 40),
     "fits": _study(_small_fit, 6),
+    "checkpoint": _one_fit(),
     "download": _download(),
     "prepare": _preparation(),
     "model": _saving(),
     "store": _storing(),
     "stage": _staging(),
+    "book": _book(),
 }
 
 
@@ -306,6 +353,7 @@ def _forked(work, *arguments):
     child = os.fork()
     if child:
         return child
+    os.setpgid(0, 0)  # what it starts is killed with it
     status = 1
     try:
         work(*arguments)
@@ -347,8 +395,10 @@ def kill(name, by, times, folder, rng):
         begun += 1
         child = _forked(job.work, folder)
         if hit < times:
+            with contextlib.suppress(PermissionError):  # it was quicker
+                os.setpgid(child, child)
             time.sleep(rng.uniform(0.0, seconds))
-            os.kill(child, by)
+            os.killpg(child, by)
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == by
         assert killed or status == 0, f"{name} ended with {status}"

@@ -99,7 +99,7 @@ def _run(command, **options):
     return done.stdout
 
 
-def _copy(folder):
+def committed(folder):
     """Copy the committed files."""
     folder.mkdir()
     archive = folder.with_suffix(".tar")
@@ -110,7 +110,7 @@ def _copy(folder):
 def build(folder):
     """Build an sdist, and a wheel from that sdist and one from the tree; return the three."""
     tree, out = folder / "tree", folder / "dist"
-    _copy(tree)
+    committed(tree)
     backend = "from setuptools import build_meta as b; import sys; b.build_{}(sys.argv[1])"
     for kind in ("sdist", "wheel"):
         _run([sys.executable, "-c", backend.format(kind), str(out)], cwd=tree)

@@ -1,0 +1,115 @@
+"""The oldest and the newest dependencies that the metadata allow: do the tests pass on both?
+
+``python tests/torture/ends.py`` resolves both ends with uv, installs each into an environment of
+its own, with all that PyTorch brings several gigabytes, and runs the tests of the package there.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from torture import supply
+
+ENDS = {"oldest": "lowest-direct", "newest": "highest"}
+TOLD = ("anndata", "numpy", "pandas", "scikit-learn", "scipy", "torch")
+TESTERS = ("beartype", "hypothesis", "ipython", "pytest", "pytest-cov", "pytest-xdist")
+UV = (sys.executable, "-m", "uv", "--quiet")
+# Their deprecations are the next release's matter, and old libraries beside new ones have many.
+OPTIONS = ("-q", "-n0", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning")
+
+
+def _run(command, **options):
+    subprocess.run([str(word) for word in command], check=True, **options)
+
+
+def install(end, tree, folder):
+    """Resolve one end, and install it and the package into ``folder``; return the versions."""
+    listed = folder.with_suffix(".txt")
+    extras = ("--extra", "data", "--extra", "plot")
+    _run(
+        [
+            *UV,
+            "pip",
+            "compile",
+            "pyproject.toml",
+            *extras,
+            "--resolution",
+            ENDS[end],
+            "-o",
+            listed,
+        ],
+        cwd=tree,
+        stdout=subprocess.DEVNULL,
+    )
+    _run([*UV, "venv", "--python", sys.executable, folder])
+    into = {"env": {**os.environ, "VIRTUAL_ENV": str(folder)}}
+    _run([*UV, "pip", "install", "-r", listed, *TESTERS], **into)
+    _run([*UV, "pip", "install", "--no-deps", "-e", tree], **into)
+    lines = [line.split("==") for line in listed.read_text().splitlines() if "==" in line]
+    return {name: version.split()[0] for name, version in lines if name in TOLD}
+
+
+def tests_of(tree):
+    """Return the tests that are named after a module of the package."""
+    found = [f"tests/test_{path.stem}.py" for path in sorted((tree / "smslib").glob("*.py"))]
+    return [name for name in found if (tree / name).exists()]
+
+
+def judge(tree, folder):
+    """Run the tests; return how many passed and were skipped, and the names of the others."""
+    report = folder.with_suffix(".xml")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    command = [folder / "bin" / "python", "-m", "pytest", *OPTIONS, f"--junitxml={report}"]
+    subprocess.run(
+        [*map(str, command), *tests_of(tree)],
+        cwd=tree,
+        env=environment,
+        check=False,
+        stdout=subprocess.DEVNULL,
+    )
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    kinds = {case: {part.tag for part in case} for case in cases}
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if kinds[case] & {"failure", "error"}
+    ]
+    skipped = sum("skipped" in tags for tags in kinds.values())
+    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped}, failed
+
+
+def judge_ends(only=None):
+    """Judge both ends; return flat values and the tests that did not pass."""
+    values, bad = {}, []
+    with tempfile.TemporaryDirectory() as place:
+        for end in [only] if only else ENDS:
+            tree, folder = Path(place, f"{end}-tree"), Path(place, end)
+            supply.committed(tree)
+            (tree / "conftest.py").unlink()  # of the notebooks, which are not run here
+            versions = install(end, tree, folder)
+            counts, failed = judge(tree, folder)
+            counts |= {"failed": len(failed)}
+            values |= {f"ends.{end}.{key}": value for key, value in {**counts, **versions}.items()}
+            bad += [f"{end}: {name}" for name in failed]
+    return values, bad
+
+
+def main():
+    """Judge, and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", choices=list(ENDS))
+    values, bad = judge_ends(parser.parse_args().only)
+    sys.stdout.write(json.dumps(values, indent=1) + "\n" + "\n".join(bad) + "\n")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
