@@ -33,26 +33,13 @@ def _run(command, **options):
 def install(end, tree, folder):
     """Resolve one end, and install it and the package into ``folder``; return the versions."""
     listed = folder.with_suffix(".txt")
-    extras = ("--extra", "data", "--extra", "plot")
-    _run(
-        [
-            *UV,
-            "pip",
-            "compile",
-            "pyproject.toml",
-            *extras,
-            "--resolution",
-            ENDS[end],
-            "-o",
-            listed,
-        ],
-        cwd=tree,
-        stdout=subprocess.DEVNULL,
-    )
+    resolve = ["pip", "compile", "pyproject.toml", "--extra", "data", "--extra", "plot"]
+    resolve += ["--resolution", ENDS[end], "-o", listed]
+    _run([*UV, *resolve], cwd=tree, stdout=subprocess.DEVNULL)
     _run([*UV, "venv", "--python", sys.executable, folder])
-    into = {"env": {**os.environ, "VIRTUAL_ENV": str(folder)}}
-    _run([*UV, "pip", "install", "-r", listed, *TESTERS], **into)
-    _run([*UV, "pip", "install", "--no-deps", "-e", tree], **into)
+    into = ("pip", "install", "--python", folder / "bin" / "python")  # uv would take this one
+    _run([*UV, *into, "-r", listed, *TESTERS])
+    _run([*UV, *into, "--no-deps", "-e", tree])
     lines = [line.split("==") for line in listed.read_text().splitlines() if "==" in line]
     return {name: version.split()[0] for name, version in lines if name in TOLD}
 
