@@ -1,7 +1,8 @@
 """The oldest and the newest dependencies that the metadata allow: do the tests pass on both?
 
 ``python tests/torture/ends.py`` resolves both ends with uv, installs each into an environment of
-its own, with all that PyTorch brings several gigabytes, and runs the tests of the package there.
+its own, with all that PyTorch brings several gigabytes, and runs the tests of the package there;
+at the newest end also all notebooks, against their stored outputs.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from xml.etree import ElementTree
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from torture import supply
+from torture import repeats, supply
 
 ENDS = {"oldest": "lowest-direct", "newest": "highest"}
 TOLD = ("anndata", "numpy", "pandas", "scikit-learn", "scipy", "torch")
-TESTERS = ("beartype", "hypothesis", "ipython", "pytest", "pytest-cov", "pytest-xdist")
+TESTERS = ("beartype", "hypothesis", "pytest", "pytest-cov", "pytest-xdist")
+TESTERS += ("ipykernel", "jupytext", "nbval>=0.11,<0.12", "pyyaml")  # and of the notebooks
 UV = (sys.executable, "-m", "uv", "--quiet")
 # Their deprecations are the next release's matter, and old libraries beside new ones have many.
 OPTIONS = ("-q", "-n0", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning")
@@ -80,10 +82,13 @@ def judge_ends(only=None):
         for end in [only] if only else ENDS:
             tree, folder = Path(place, f"{end}-tree"), Path(place, end)
             supply.committed(tree)
-            (tree / "conftest.py").unlink()  # of the notebooks, which are not run here
             versions = install(end, tree, folder)
             counts, failed = judge(tree, folder)
             counts |= {"failed": len(failed)}
+            if end == "newest":
+                pages, differ = repeats.compare(tree, folder / "bin" / "python")
+                counts |= {f"pages.{key}": value for key, value in pages.items()}
+                failed += differ
             values |= {f"ends.{end}.{key}": value for key, value in {**counts, **versions}.items()}
             bad += [f"{end}: {name}" for name in failed]
     return values, bad

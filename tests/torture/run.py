@@ -16,7 +16,17 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "book"))
 
 import torch
-from torture import ends, faults, fuzz, interruptions, mutants, numerics, resources, supply
+from torture import (
+    ends,
+    faults,
+    fuzz,
+    interruptions,
+    mutants,
+    numerics,
+    repeats,
+    resources,
+    supply,
+)
 
 from smslib import store
 
@@ -50,6 +60,7 @@ PARTS = {
     "interruptions": _interruptions,
     "supply": lambda _share: supply.build_and_try(),
     "ends": lambda _share: ends.judge_ends(),
+    "threads": lambda _share: repeats.on_threads(),
     "faults": lambda _share: faults.plant_all(pages=True),
     "mutants": lambda share: mutants.kill_some(round(150 * share)),
 }
