@@ -111,7 +111,7 @@ class Checkpoint:
 
 
 def identity(
-    weights: Mapping[str, torch.Tensor], config: object, *cells: Cells | Batches | None
+    weights: Mapping[str, torch.Tensor], settings: object, *cells: Cells | Batches | None
 ) -> str:
     """Return a digest of what decides a fit.
 
@@ -119,8 +119,8 @@ def identity(
     ----------
     weights : mapping of str to Tensor
         The initial ones.
-    config : object
-        Anything whose ``repr`` tells its values.
+    settings : object
+        Of model and training: anything whose ``repr`` tells its values.
     *cells : Cells or Batches, optional
         Counts and conditions; of Batches, which may be endless files, their number alone.
 
@@ -128,7 +128,7 @@ def identity(
     -------
     str
     """
-    digest = hashlib.sha256(repr(config).encode())
+    digest = hashlib.sha256(repr(settings).encode())
     for name, part in weights.items():
         digest.update(name.encode() + part.detach().cpu().contiguous().numpy().tobytes())
     for some in cells:

@@ -348,8 +348,8 @@ class SMSVAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         names = folder / "weights.pt", folder / "config.json"
         with files.together(*names) as (weights, described):
-            tensors.write(self._state(), weights)
-            config = {**self._config(), "weights_sha256": _digest(weights)}
+            tensors.write(self.tensors(), weights)
+            config = {**self.settings(), "weights_sha256": _digest(weights)}
             described.write_text(json.dumps(config, indent=1))
 
     @classmethod
@@ -395,10 +395,12 @@ class SMSVAE(nn.Module):
         model.load_state_dict(state)
         return model
 
-    def _state(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that is saved of it as numbers: weights, statistics and the design."""
         return {**self.state_dict(), "design": self.prior.dose}
 
-    def _config(self) -> dict[str, object]:
+    def settings(self) -> dict[str, object]:
+        """Return all that is saved of it as words: options, names, and the kind of prior."""
         slab, gate = self.prior.slab, self.prior.gate
         return {
             "model": {**self.options, "estimator": self.estimator, "newton": self.newton},

@@ -254,7 +254,7 @@ def _check(models: Sequence[SMSVAE], configs: Sequence[TrainConfig]) -> None:
             "configuration for each of one or more models"
         )
     model, config = models[0], configs[0]
-    if any(other._config() != model._config() for other in models):
+    if any(other.settings() != model.settings() for other in models):
         raise ValueError("the models differ in more than their weights; fit them one by one")
     if any(replace(other, seed=config.seed, beta=config.beta) != config for other in configs):
         raise ValueError(

@@ -248,7 +248,7 @@ class _Course:
         path, fit = None, ""
         if checkpoint is not None:
             path = Path(checkpoint)
-            fit = identity(model.state_dict(), config, cells, validation)
+            fit = identity(model.tensors(), (config, model.settings()), cells, validation)
         self.kept = Checkpoint(path, fit, parts, self.order, model.device)
 
 

@@ -134,6 +134,8 @@ def test_a_fit_that_has_ended_is_not_made_again(tmp_path, monkeypatch, patience)
         {"validation": make_cells(32, 4)},
         {"seed": 1},
         {"n_hidden": 9},
+        {"sparsity": 7.0},
+        {"estimator": "sampled"},
     ],
 )
 def test_the_checkpoint_of_another_fit_is_refused_and_kept(tmp_path, other):
