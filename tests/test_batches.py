@@ -70,7 +70,7 @@ class Order:
     hnp.arrays(np.int64, (5, 4), elements=st.integers(0, 70_000)),
     st.lists(st.integers(0, 4), max_size=8),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_packed_rows_are_those_of_the_matrix(counts, chosen):
     matrix = Packed.of(sparse.csr_matrix(counts))
     chosen = np.array(chosen, dtype=int)

@@ -91,7 +91,7 @@ def test_lda_takes_labels_with_gaps_and_genes_without_counts(screen):
 
 
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_quartimax_undoes_a_rotation_of_simple_loadings(seed):
     rng = np.random.default_rng(seed)
     simple = np.eye(4)[np.arange(20) % 4] * rng.uniform(1, 3, (20, 1))

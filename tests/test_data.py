@@ -82,7 +82,7 @@ count_matrices = hnp.arrays(
 
 
 @given(count_matrices)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_storage_gives_the_same_cells(counts):
     labels = ["ctrl", *("abc"[i % 3] for i in range(len(counts) - 1))]
     dense = screen(counts, labels)

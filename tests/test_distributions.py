@@ -1,6 +1,7 @@
 """The closed forms, against scipy, mpmath, enumeration and sampling."""
 
 import itertools
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
+from smslib import distributions
 from smslib.distributions import (
     Moments,
     NegativeBinomial,
@@ -109,6 +111,27 @@ def test_log_pmf_in_forty_digits(form, dtype, tolerance):
     np.testing.assert_allclose(actual.double(), expected, rtol=tolerance, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("counts", "shape", "table"),
+    [
+        ([[1.0, 0.0], [16.0, 2.0]], (2, 2), True),
+        ([[1.0, 0.0], [16.0, 2.0]], (5, 2, 2), True),
+        ([[1.0, 0.0], [17.0, 2.0]], (2, 2), False),  # a quarter is large
+        ([[1.0] * 19 + [17.0]], (1, 20), True),
+        ([[1.0] * 19 + [17.0]], (3, 1, 20), True),
+    ],
+)
+def test_counts_are_read_from_the_table_where_few_are_large(monkeypatch, counts, shape, table):
+    seen = []
+    for name in ("_SmallCounts", "_NegativeBinomialKernel"):
+        kind = getattr(distributions, name)
+        spy = SimpleNamespace(apply=lambda *a, k=kind: seen.append(k.__name__) or k.apply(*a))
+        monkeypatch.setattr(distributions, name, spy)
+    p = NegativeBinomial(torch.zeros(shape), torch.zeros(shape[-1]))
+    p.log_prob(torch.tensor(counts))
+    assert seen == ["_SmallCounts" if table else "_NegativeBinomialKernel"]
+
+
 def test_textbook_formula_does_fail_there():
     """The reason for the saddle-point form, so that nobody simplifies it away."""
     x, mean, theta = columns((3,), (2.0,), (1e6,), dtype=torch.float32)
@@ -199,7 +222,7 @@ def test_stirling_error(dtype, tolerance):
 # ------------------------------------------------------------------------------- divergences
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.floats(-5, 5), st.floats(0.01, 9), st.floats(-5, 5))
 def test_kl_to_a_fixed_shift_is_torchs(mean, variance, shift):
     mean, variance, shift = (
@@ -210,7 +233,7 @@ def test_kl_to_a_fixed_shift_is_torchs(mean, variance, shift):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(probability, st.floats(-5, 5), st.floats(-3, 3))
 def test_kl_to_a_gated_shift_is_the_sum_over_the_gate(pi, slab, mean):
     mean, slab = (torch.full((1, 1), v, dtype=torch.float64) for v in (mean, slab))
@@ -224,7 +247,7 @@ def test_kl_to_a_gated_shift_is_the_sum_over_the_gate(pi, slab, mean):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(inner, inner)
 def test_kl_bernoulli_is_torchs(pi, p):
     pi, p = torch.tensor([pi], dtype=torch.float64), torch.tensor([p], dtype=torch.float64)

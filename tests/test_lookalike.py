@@ -66,7 +66,7 @@ def test_cells_per_target_are_those_of_the_paper():
     assert abs(stats.skew(inner)) < 0.1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 300), st.integers(7, 400), st.integers(0, 99))
 def test_cells_per_target_add_up_and_nobody_goes_without(n_targets, per_target, seed):
     n_cells = n_targets * per_target + seed % n_targets

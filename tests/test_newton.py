@@ -238,7 +238,7 @@ def test_a_cell_without_counts_goes_to_the_prior_mean():
     torch.testing.assert_close((z + problem.step(z))[0], problem.shift[0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10_000),
     distance=st.floats(0.0, 50.0),

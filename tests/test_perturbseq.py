@@ -78,7 +78,7 @@ def log1p_of(counts, total) -> sparse.csr_matrix:
 
 
 @given(screens())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_counts_come_back_exactly_or_not_at_all(screen):
     counts, total = screen
     shared = np.array([math.gcd(*row, int(t)) for row, t in zip(counts, total, strict=True)])
@@ -93,7 +93,7 @@ def test_counts_come_back_exactly_or_not_at_all(screen):
 
 
 @given(screens(least=2), st.floats(1e-6, 1e-2), st.data())
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 def test_one_altered_value_is_refused(screen, by, data):
     counts, total = screen
     counts[:, :2] = 1  # two ones fix the unit of a cell, so that no other reading fits
@@ -224,7 +224,7 @@ BEGINNINGS = [b"", b"\x89HDF\r\n\x1a\n", b"RDX", b"RDX2\n", b"RDX3\nX\n", b"RDA3
 
 
 @given(st.binary(max_size=200), st.sampled_from(BEGINNINGS), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_rubbish_is_read_as_a_screen(tmp_path_factory, content, beginning, zipped):
     path = tmp_path_factory.mktemp("rubbish") / "screen.h5ad"
     content = beginning + content
@@ -393,7 +393,7 @@ def test_a_tie_has_no_top_guide():
     st.floats(0.01, 1.0),
     st.integers(0, 9),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_assignment_equals_a_loop_over_cells(guides, threshold, min_umis):
     expected = [
         f"cell{i}"

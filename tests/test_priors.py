@@ -81,7 +81,7 @@ def sigmoid(logit):
 
 
 @given(logits, st.floats(0.1, 300.0))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_tied_weight_is_charged_the_density_of_beta(logit, alpha):
     expected = -stats.beta.logpdf(sigmoid(logit), 1, alpha)
     assert penalty(logit, alpha, "tied") == pytest.approx(expected, rel=1e-9, abs=1e-9)
@@ -94,7 +94,7 @@ def cost_of(w, pi, alpha):
 
 
 @given(logits, alphas)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_profiled_weight_is_the_best_of_a_grid(logit, alpha):
     pi = sigmoid(logit)
     grid = np.linspace(1e-6, 1 - 1e-6, 2001)
@@ -112,7 +112,7 @@ def test_profiled_weight_is_the_best_of_a_grid(logit, alpha):
 
 
 @given(logits, alphas)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_collapsed_weight_is_integrated_out(logit, alpha):
     pi = sigmoid(logit)
     p, _ = integrate.quad(lambda w: w * stats.beta.pdf(w, 1, alpha), 0, 1, epsabs=1e-12)
@@ -121,7 +121,7 @@ def test_collapsed_weight_is_integrated_out(logit, alpha):
 
 
 @given(logits, alphas)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_profiling_never_costs_more_than_tying(logit, alpha):
     assert penalty(logit, alpha, "profile") <= penalty(logit, alpha, "tied") + 1e-12
 
@@ -227,7 +227,7 @@ def test_parts_are_rebuilt_from_their_name_and_options(part):
 
 
 @given(logits, st.floats(0.001, 0.9))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_bernoulli_gate_is_charged_its_divergence_from_the_prior(logit, p):
     gate = BernoulliGate(1, 1, p=p, logit=logit).double()
     pi = sigmoid(gate.logit.item())
@@ -250,6 +250,20 @@ def gaussian(*, scale=1.0):
         slab.mean.copy_(SLAB)
         slab.log_variance.copy_(torch.tensor([[0.1, -2.0], [-0.5, 0.4], [-1.0, -3.0]]))
     return slab
+
+
+def test_draws_of_a_shift_are_gaussian():
+    slab, n_draws = gaussian(), 4_000
+    with torch.no_grad(), seeded(0):
+        drawn = slab.draw(torch.arange(3).repeat(n_draws)).reshape(n_draws, 3, 2)
+        mean, sd = slab.mean.detach(), slab.variance().sqrt()
+    for row, column in itertools.product(range(3), range(2)):
+        known = stats.norm(mean[row, column].item(), sd[row, column].item())
+        assert stats.kstest(drawn[:, row, column], known.cdf).pvalue > 1e-4
+
+
+def test_a_gaussian_slab_starts_near_a_point():
+    assert GaussianSlab(3, 2).variance().sqrt().unique().item() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])

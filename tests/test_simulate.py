@@ -259,7 +259,7 @@ def test_replacement_repeats_among_the_affected_latents():
     assert graph[:, :5].mean() == pytest.approx(expected, abs=0.015)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(mechanism=mechanisms, seed=st.integers(0, 1000), as_released=st.booleans())
 def test_any_mechanism_keeps_to_its_latents_and_effect(mechanism, seed, as_released):
     graph, shift = truth(
@@ -274,7 +274,7 @@ def test_any_mechanism_keeps_to_its_latents_and_effect(mechanism, seed, as_relea
         assert (graph.sum(1) <= min(3, mechanism.n_affected or 6)).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     densities=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted),
     exact=st.booleans(),
@@ -315,7 +315,7 @@ def test_effects_leave_everything_else_unchanged():
 # ---------------------------------------------------------------- held-out mechanisms
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     n=st.integers(1, 29),
     mechanism=mechanisms,
@@ -605,7 +605,7 @@ def test_seeds_decide_everything_and_nothing_else_does():
 # ---------------------------------------------------------------- restrict
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(chosen=st.lists(st.sampled_from([str(i) for i in range(30)]), unique=True, max_size=30))
 def test_restriction_keeps_names_and_truth_together(chosen):
     screen = simulate.sparse_shift(**{**SMALL, "n_cells_per_condition": 2})

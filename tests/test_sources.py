@@ -307,7 +307,7 @@ def test_an_md5_will_do_where_a_host_gives_no_more(origin, tmp_path, monkeypatch
 
 
 @given(position=st.integers(0, len(CONTENT) - 1), bit=st.integers(0, 7))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_one_flipped_bit_is_refused(tmp_path_factory, position, bit):
     folder = tmp_path_factory.mktemp("flipped")
     spoilt = bytearray(CONTENT)
@@ -322,7 +322,7 @@ def test_one_flipped_bit_is_refused(tmp_path_factory, position, bit):
 
 
 @given(length=st.integers(0, 3 * len(CONTENT)).filter(lambda n: n != len(CONTENT)))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_file_of_another_length_is_refused_unread(tmp_path_factory, length):
     folder = tmp_path_factory.mktemp("lengths")
     (folder / "toy.bin").write_bytes((CONTENT * 3)[:length])

@@ -72,7 +72,7 @@ def test_a_cut_is_what_anndata_reads_in_every_layout_and_block_size(tmp_path, la
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.h5ad", "source.h5ad"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_choice_of_any_matrix(tmp_path_factory, data):
     n_cells, n_genes = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12))

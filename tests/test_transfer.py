@@ -549,6 +549,15 @@ def test_a_new_condition_of_a_known_target_is_refused():
         adapt(make_model(), make_cells([3]), design=again)
 
 
+def test_passes_end_when_the_shifts_stand_still(monkeypatch):
+    moves, move = [], transfer._move_shifts
+    monkeypatch.setattr(transfer, "_move_shifts", lambda *a: moves.append(move(*a)) or moves[-1])
+    monkeypatch.setattr(transfer, "_CLOSE_ENOUGH", 0.0272)  # between the fourth move and the fifth
+    adapt(make_model(newton=True), make_cells([3, 4]), design=LARGER)
+    assert moves[-1] < 0.0272 <= min(moves[:-1])
+    assert len(moves) == 5
+
+
 # ---------------------------------------------------------------- the protocol
 
 
@@ -581,6 +590,7 @@ def test_protocol_scores_every_stage_on_every_held_out_condition(stages):
     _, _, table, _ = stages
     assert table["stage"].unique().tolist() == ["trained", "binarised", "refitted", "adapted"]
     assert table.groupby("stage")["condition"].apply(list).tolist() == [["6", "7"]] * 4
+    assert table.index.tolist() == list(range(8))
     assert (table["n"] == 15).all()
     assert {"elbo", "iwelbo", "standard_error"} <= set(table)
 
