@@ -5,7 +5,11 @@ The long part, thousands of spoilt inputs for every reader, is `tests/torture/fu
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -387,6 +391,29 @@ def test_two_columns_of_labels_are_refused(adata):
 
 
 # --------------------------------------------------------------------------- a few of many
+
+
+def test_an_input_that_goes_on_for_ever_in_c_is_a_fault_and_the_others_are_read(tmp_path):
+    """In a process of its own, as it forks."""
+    program = """
+import itertools, os, sys
+from torture import fuzz
+
+def feed(rng, good, folder):
+    os.write(log, b"x")
+    return sum(itertools.repeat(0)) if os.stat(log).st_size == 3 else 0
+
+log, fuzz.SECONDS = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1
+fuzz.READERS = {"x": fuzz.Reader(lambda _: None, feed, (), 4)}
+values, faults = fuzz.fuzz()
+assert values["fuzz.x.faults"] == 1, values
+assert values["fuzz.x.read"] == 2, values  # of four; those before a death are counted apart
+assert "went on for ever" in faults["x"][1], faults
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "log")]
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=paths)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", [name for name in fuzz.READERS if name != "names"])

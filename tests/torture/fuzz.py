@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -622,6 +623,9 @@ def outcome(reader, rng, seed, folder, seen):
     """Feed one input; return how it ended and, if that is a fault, what happened."""
     seen.clear()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    # A loop in C hears no alarm: there the kernel ends the process.
+    last = int(time.process_time()) + 2 * SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (last, resource.RLIM_INFINITY))
     try:
         result = READERS[reader].feed(rng, seed, folder)
         ended, fault = ("no input" if result == "no input" else "read"), ""
@@ -704,7 +708,8 @@ def batches(reader, count, seed):
             ends.update(told[-1]["ends"])
             return ends, faults, max(peak, told[-1]["peak_kb"] / 1024)
         at = max(line["at"] for line in told if "at" in line)
-        faults[at] = f"the process died (status {status})"
+        words = "went on for ever" if os.WTERMSIG(status) == signal.SIGXCPU else "died"
+        faults[at] = f"the process {words} (status {status})"
         ends.update({"fault": 1, "before a death": at - first})
         first = at + 1
     return ends, faults, peak
