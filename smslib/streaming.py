@@ -272,9 +272,9 @@ def simulated(file: h5py.File) -> dict[str, Any]:
     """Return the mark of a simulated file, to be passed on."""
     from anndata.io import read_elem
 
-    if "simulated" not in file.get("uns", ()):
-        return {}
     with _damage_explained(file.filename):
+        if "simulated" not in file.get("uns", ()):
+            return {}
         return {"simulated": read_elem(file["uns"]["simulated"])}
 
 

@@ -136,6 +136,15 @@ def test_a_part_of_another_shape_is_damage(screen, name, shape, tmp_path):
     assert not (tmp_path / "out.h5ad").exists()
 
 
+def test_a_number_in_the_place_of_the_unstructured_part_is_damage(screen, tmp_path):
+    with h5py.File(screen, "r+") as file:
+        del file["uns"]
+        file["uns"] = 1.0
+    with pytest.raises(ValueError, match=r"screen\.h5ad is damaged"):
+        streaming.cut(screen, cells=np.arange(8), genes=np.arange(5), out=tmp_path / "out.h5ad")
+    assert not (tmp_path / "out.h5ad").exists()
+
+
 # ------------------------------------------------------------------------------ .rda files
 
 
