@@ -6,11 +6,14 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 __all__ = ["alone", "check_room", "flush_to_disk", "no_room", "size_text", "together", "whole"]
+
+_A_DAY = 86_400  # seconds: whoever writes to a draft does so more often
 
 
 @contextlib.contextmanager
@@ -23,7 +26,8 @@ def whole(
     """Lend a name of its own to write to; the file takes the place of ``path`` at the end.
 
     A reader sees the old file or the new one, and a block that fails leaves the old one and
-    nothing else. Processes that write the same file at once do not meet.
+    nothing else. Processes that write the same file at once do not meet. What a killed process
+    left is removed a day later, by the next one that writes the file.
 
     Parameters
     ----------
@@ -51,7 +55,18 @@ def whole(
 
 
 def _draft(path: Path, folder: str | os.PathLike[str] | None = None) -> Path:
-    return Path(folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    folder = Path(folder or path.parent)
+    _remove_abandoned(folder, path.name)
+    return folder / f".{path.name}.{uuid.uuid4().hex}.tmp"
+
+
+def _remove_abandoned(folder: Path, name: str) -> None:
+    """Remove the drafts of a file that nobody has written to for a day."""
+    with contextlib.suppress(OSError):  # no folder, or another process was faster
+        for left in folder.iterdir():
+            if left.name.startswith(f".{name}.") and left.name.endswith(".tmp"):
+                if time.time() - left.stat().st_mtime > _A_DAY:
+                    left.unlink()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,17 @@ def test_a_draft_is_found_by_no_pattern_of_the_file(tmp_path):
     with files.whole(tmp_path / "a.json") as draft:
         draft.write_text("{}")
         assert list(tmp_path.glob("*.json")) == []
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path):
+    old, recent, other = (tmp_path / name for name in (".a.x.tmp", ".a.y.tmp", ".b.x.tmp"))
+    for path in (old, recent, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    with files.whole(tmp_path / "a") as draft:
+        draft.write_text("new")
+    assert names(tmp_path) == [".a.y.tmp", ".b.x.tmp", "a"]
 
 
 def test_room_is_checked_and_named(tmp_path, monkeypatch):
