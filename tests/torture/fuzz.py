@@ -655,27 +655,25 @@ def _where(error):
 
 
 def feed(reader, good, numbers, seed, folder, tell):
-    """Feed some numbers of inputs; tell of each before it is fed, of faults, and of all."""
+    """Feed some numbers of inputs; tell of each before it is fed, and how it ended."""
     with contextlib.suppress(Exception):  # imports of the first reading
         READERS[reader].feed(np.random.default_rng([seed, 1 << 20]), good, folder)
     (folder / "executed").unlink(missing_ok=True)
-    ends, seen = collections.Counter(), bound(folder)
-    code = zlib.crc32(reader.encode())
+    seen, code = bound(folder), zlib.crc32(reader.encode())
     for number in numbers:
         tell({"at": number})
         rng = np.random.default_rng([seed, code, number])
         ended, fault = outcome(reader, rng, good, folder, seen)
-        ends[ended] += 1
+        tell({"ended": ended})
         if fault:
             tell({"number": number, "fault": fault})
-    tell({"ends": ends, "peak_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
 
 
 # ----------------------------------------------------------------------- the parent's side
 
 
 def _in_a_child(reader, numbers, seed):
-    """Feed numbers in a process of its own; return what it told, and how it ended."""
+    """Feed numbers in a process of its own; return what it told, its end and its peak in MB."""
     with tempfile.TemporaryDirectory() as folder:
         told, good = Path(folder) / "told", READERS[reader].prepare(Path(folder))
         child = os.fork()
@@ -689,10 +687,12 @@ def _in_a_child(reader, numbers, seed):
                         file.write(json.dumps(what) + "\n")
 
                     feed(reader, good, numbers, seed, Path(folder), tell)
-            finally:
                 os._exit(0)
-        _, status = os.waitpid(child, 0)
-        return [json.loads(line) for line in told.read_text().splitlines()], status
+            finally:
+                os._exit(1)
+        _, status, used = os.wait4(child, 0)
+        lines = [json.loads(line) for line in told.read_text().splitlines()]
+        return lines, status, used.ru_maxrss / 1024
 
 
 def batches(reader, count, seed):
@@ -702,15 +702,16 @@ def batches(reader, count, seed):
     """
     ends, faults, peak, first = collections.Counter(), {}, 0.0, 0
     while first < count:
-        told, status = _in_a_child(reader, range(first, count), seed)
+        told, status, used = _in_a_child(reader, range(first, count), seed)
+        peak = max(peak, used)
+        ends.update(line["ended"] for line in told if "ended" in line)
         faults |= {line["number"]: line["fault"] for line in told if "fault" in line}
-        if "ends" in told[-1]:
-            ends.update(told[-1]["ends"])
-            return ends, faults, max(peak, told[-1]["peak_kb"] / 1024)
+        if not status:
+            return ends, faults, peak
         at = max(line["at"] for line in told if "at" in line)
         words = "went on for ever" if os.WTERMSIG(status) == signal.SIGXCPU else "died"
         faults[at] = f"the process {words} (status {status})"
-        ends.update({"fault": 1, "before a death": at - first})
+        ends["fault"] += 1
         first = at + 1
     return ends, faults, peak
 
