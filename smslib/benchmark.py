@@ -446,20 +446,53 @@ def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict
         ``<arm>.<setting>.<method>.seeds``, ``<arm>.<setting>.<method>.<score>`` (lists over
         seeds; where some runs lack the score, its ``.seeds`` names the others), and of each list
         ``.mean`` and ``.n``, and where there are several ``.sd``, ``.low`` and ``.high`` (95 % t
-        interval). An empty setting is left out.
+        interval). An empty setting is left out. A setting with further starts, named
+        ``<setting>-start<k>``, has a ``<setting>-best`` as well: of every seed that has them all,
+        the start with the highest validation ELBO.
     """
     values: dict[str, object] = {}
     for setting, configs in study.items():
-        found = runs[runs["run_id"].isin([sweep.run_id(config) for config in configs])]
-        for (arm, method), group in found.sort_values("seed").groupby(["arm", "method"]):
-            key = ".".join(name for name in (arm, setting, method) if name)
-            values[f"{key}.seeds"] = group["seed"].tolist()
-            for score in _scores(group, configs):
-                scored = group.dropna(subset=score)
-                values |= store.over_seeds(f"{key}.{score}", scored[score].tolist())
-                if len(scored) < len(group):
-                    values[f"{key}.{score}.seeds"] = scored["seed"].tolist()
+        values |= _by_method(setting, _found(runs, configs), configs)
+    for setting, starts in _starts(study).items():
+        values |= _by_method(f"{setting}-best", _best_starts(runs, starts), sweep.chain(*starts))
     return values
+
+
+def _by_method(setting: str, found: pd.DataFrame, configs: Sequence[Config]) -> dict[str, object]:
+    """Summarise the runs of a setting."""
+    values: dict[str, object] = {}
+    for (arm, method), group in found.sort_values("seed").groupby(["arm", "method"]):
+        key = ".".join(name for name in (arm, setting, method) if name)
+        values[f"{key}.seeds"] = group["seed"].tolist()
+        for score in _scores(group, configs):
+            scored = group.dropna(subset=score)
+            values |= store.over_seeds(f"{key}.{score}", scored[score].tolist())
+            if len(scored) < len(group):
+                values[f"{key}.{score}.seeds"] = scored["seed"].tolist()
+    return values
+
+
+def _found(runs: pd.DataFrame, configs: Iterable[Config]) -> pd.DataFrame:
+    return runs[runs["run_id"].isin([sweep.run_id(config) for config in configs])]
+
+
+def _starts(study: Mapping[str, Sequence[Config]]) -> dict[str, list[Sequence[Config]]]:
+    """Return, of each setting that has further starts, the configurations of every start."""
+    starts: dict[str, list[Sequence[Config]]] = {}
+    for label, configs in study.items():
+        setting, further, _ = label.partition("-start")
+        if further:
+            starts.setdefault(setting, [study[setting]]).append(configs)
+    return starts
+
+
+def _best_starts(runs: pd.DataFrame, starts: Sequence[Sequence[Config]]) -> pd.DataFrame:
+    """Return the best run, by validation ELBO, of every seed that has all the starts."""
+    found, same = _found(runs, sweep.chain(*starts)), ["arm", "method", "seed"]
+    if "validation_elbo" not in found:
+        return found.iloc[:0]
+    whole = found[found.groupby(same)["validation_elbo"].transform("count") == len(starts)]
+    return whole.loc[whole.groupby(same)["validation_elbo"].idxmax()]
 
 
 def chosen(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict[str, object]:

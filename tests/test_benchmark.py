@@ -292,6 +292,28 @@ def test_a_score_that_one_run_lacks_is_left_out_there(tmp_path):
     assert "smslib.svae+.f1" not in values
 
 
+def test_of_several_starts_the_best_by_validation_elbo_counts(tmp_path):
+    """The MCC has no say, a seed without all of its starts is left out, and so is a control."""
+    runs = []
+    for start, elbos, mccs in (
+        ({}, (-3.0, -1.0, -1.0), (0.9, 0.5, 0.5)),
+        ({"init_seed": 1001}, (-2.0, -2.0), (0.4, 0.9)),
+    ):
+        for seed, (elbo, mcc) in enumerate(zip(elbos, mccs, strict=True)):
+            run = entry("svae+", seed, mcc, n_latent=20, **start)
+            run["result"]["validation_elbo"] = elbo
+            runs.append(run)
+    runs.append(entry("oracle", 0, 1.0, n_latent=20))
+    first = [run["config"] for run in runs if "init_seed" not in run["config"]]
+    second = [run["config"] for run in runs if "init_seed" in run["config"]]
+    study = {"p20": first, "p20-start1": second}
+    values = benchmark.summarise(sweep.collect(write(runs, tmp_path)), study)
+    assert values["smslib.p20-best.svae+.seeds"] == [0, 1]
+    assert values["smslib.p20-best.svae+.mcc"] == [0.4, 0.5]
+    assert values["smslib.p20.svae+.mcc"] == [0.9, 0.5, 0.5]
+    assert "smslib.p20-best.oracle.seeds" not in values
+
+
 # ---------------------------------------------------------------- command line
 
 
