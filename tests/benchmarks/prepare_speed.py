@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="folder of stored results, such as book/results")
     parser.add_argument("--folder", help="where the files are written for the while")
-    parser.add_argument("--cells", type=int, nargs=3, default=[100_000, 10_000, 20_000])
+    parser.add_argument("--cells", type=int, nargs=3, default=[100_000, 10_000, 100_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cut", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--every-cell", action="store_true", help=argparse.SUPPRESS)
