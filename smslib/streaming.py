@@ -48,6 +48,7 @@ BLOCK = 1 << 26  # bytes of the source that are in memory at once
 _BRIDGE = 1 << 16  # unwanted bytes between wanted ones that cost less to read than to skip
 _DENSITY = 0.5  # assumed share of non-zero counts where the file does not tell
 _ON_DISK = 8  # bytes per count: part (1 + 2) and result (1 + 4)
+_LARGEST = (1 << 63) - 1  # count
 _FORMAT = 1  # of the parts; another number makes old parts worthless
 
 
@@ -634,11 +635,14 @@ def _counted(
 ) -> Integer[np.ndarray, " entry"]:
     """Return the values as the smallest unsigned integers that hold them, or refuse."""
     values = block.data
+    largest = values.max(initial=0)
+    kind = np.min_scalar_type(min(int(largest), _LARGEST)) if np.isfinite(largest) else np.uint8
     with np.errstate(invalid="ignore"):
-        whole = values.astype(np.int64)
-    if (whole != values).any() or whole.min(initial=0) < 0:
-        raise ValueError(_not_counts(block, (whole != values) | (whole < 0), cells, genes, path))
-    return whole.astype(np.min_scalar_type(whole.max(initial=0)))
+        counts = values.astype(kind)
+    if (counts != values).any():
+        wrong = ~((values >= 0) & (values == np.floor(values)) & (values <= _LARGEST))
+        raise ValueError(_not_counts(block, wrong, cells, genes, path))
+    return counts
 
 
 def _not_counts(
