@@ -297,7 +297,7 @@ def write_json(path: str | Path, payload: Mapping[str, Any]) -> Path:
 
 
 def _on_one_line(found: re.Match[str]) -> str:
-    return "[" + " ".join(line.strip(" ") for line in found[1].split("\n")) + "]"
+    return "[" + "".join(line.strip(" ") for line in found[1].split("\n")) + "]"
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -103,7 +103,7 @@ def test_lists_on_a_line_hold_what_they_held(tmp_path, payload):
 
 def test_a_list_is_a_line(tmp_path):
     path = store.write_json(tmp_path / "a.json", {"a": [1, 2.5], "b": [["x", "y"], [3]], "c": []})
-    text = '{\n "a": [1, 2.5],\n "b": [\n  ["x", "y"],\n  [3]\n ],\n "c": []\n}\n'
+    text = '{\n "a": [1,2.5],\n "b": [\n  ["x","y"],\n  [3]\n ],\n "c": []\n}\n'
     assert path.read_text() == text
 
 
