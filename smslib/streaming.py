@@ -48,7 +48,7 @@ BLOCK = 1 << 26  # bytes of the source that are in memory at once
 _BRIDGE = 1 << 16  # unwanted bytes between wanted ones that cost less to read than to skip
 _DENSITY = 0.5  # assumed share of non-zero counts where the file does not tell
 _ON_DISK = 8  # bytes per count: part (1 + 2) and result (1 + 4)
-_LARGEST = (1 << 63) - 1  # count
+_TOO_LARGE = 1 << 63  # of a count
 _FORMAT = 1  # of the parts; another number makes old parts worthless
 
 
@@ -635,12 +635,13 @@ def _counted(
 ) -> Integer[np.ndarray, " entry"]:
     """Return the values as the smallest unsigned integers that hold them, or refuse."""
     values = block.data
-    largest = values.max(initial=0)
-    kind = np.min_scalar_type(min(int(largest), _LARGEST)) if np.isfinite(largest) else np.uint8
+    largest = values.max(initial=0).item()
+    # NaN is not below anything; what int64 cannot hold does not come back from it equal.
+    kind = np.min_scalar_type(int(largest)) if largest < _TOO_LARGE else np.int64
     with np.errstate(invalid="ignore"):
         counts = values.astype(kind)
-    if (counts != values).any():
-        wrong = ~((values >= 0) & (values == np.floor(values)) & (values <= _LARGEST))
+    wrong = (counts != values) | (values < 0)
+    if wrong.any():
         raise ValueError(_not_counts(block, wrong, cells, genes, path))
     return counts
 

@@ -460,6 +460,7 @@ def normalised(x):
         (lambda x: np.where(x == 2, np.nan, x), "some are missing or infinite"),
         (lambda x: np.where(x == 2, np.inf, x), "some are missing or infinite"),
         (lambda x: np.where(x == 2, -2, x), "some are negative"),
+        (lambda x: np.where(x == 2, 2.0**63, x), "X holds 9.223372"),
     ],
 )
 @pytest.mark.parametrize("layout", ["contiguous", "csr", "csc"])
