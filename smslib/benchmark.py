@@ -452,7 +452,7 @@ def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict
     """
     values: dict[str, object] = {}
     for setting, configs in study.items():
-        values |= _by_method(setting, _found(runs, configs), configs)
+        values |= _by_method(setting, sweep.of_study(runs, configs), configs)
     for setting, starts in _starts(study).items():
         values |= _by_method(f"{setting}-best", _best_starts(runs, starts), sweep.chain(*starts))
     return values
@@ -472,10 +472,6 @@ def _by_method(setting: str, found: pd.DataFrame, configs: Sequence[Config]) -> 
     return values
 
 
-def _found(runs: pd.DataFrame, configs: Iterable[Config]) -> pd.DataFrame:
-    return runs[runs["run_id"].isin([sweep.run_id(config) for config in configs])]
-
-
 def _starts(study: Mapping[str, Sequence[Config]]) -> dict[str, list[Sequence[Config]]]:
     """Return, of each setting that has further starts, the configurations of every start."""
     starts: dict[str, list[Sequence[Config]]] = {}
@@ -488,7 +484,7 @@ def _starts(study: Mapping[str, Sequence[Config]]) -> dict[str, list[Sequence[Co
 
 def _best_starts(runs: pd.DataFrame, starts: Sequence[Sequence[Config]]) -> pd.DataFrame:
     """Return the best run, by validation ELBO, of every seed that has all the starts."""
-    found, same = _found(runs, sweep.chain(*starts)), ["arm", "method", "seed"]
+    found, same = sweep.of_study(runs, sweep.chain(*starts)), ["arm", "method", "seed"]
     if "validation_elbo" not in found:
         return found.iloc[:0]
     whole = found[found.groupby(same)["validation_elbo"].transform("count") == len(starts)]
@@ -514,7 +510,8 @@ def chosen(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict[st
     """
     label = {sweep.run_id(c): setting for setting, configs in study.items() for c in configs}
     values: dict[str, object] = {}
-    for (arm, method), grid in runs[runs["run_id"].isin(label)].groupby(["arm", "method"]):
+    walked = sweep.of_study(runs, sweep.chain(*study.values()))
+    for (arm, method), grid in walked.groupby(["arm", "method"]):
         for rule in _RULES if len(grid) > 1 else ():
             best, key = grid.loc[grid[rule].idxmax()], f"{arm}.{method}.by_{rule}"
             values[f"{key}.setting"] = label[best["run_id"]]

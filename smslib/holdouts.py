@@ -884,8 +884,7 @@ def summarise(runs: pd.DataFrame, study: Sequence[Config]) -> dict[str, Any]:
         number of groups. The group ``singles`` has all perturbations that were held out alone.
         Of the edges only F1 is there; precision, recall and average precision are in the runs.
     """
-    names = {sweep.run_id(config) for config in study}
-    runs = runs[runs["run_id"].isin(names)].sort_values("seed")
+    runs = sweep.of_study(runs, study).sort_values("seed")
     runs = runs.drop(columns=[name for name in runs if name.startswith(_NOT_SUMMARISED)])
     dataset, groups = study[0]["dataset"], dict.fromkeys(config["group"] for config in study)
     by_group = {name: [c for c in study if c["group"] == name] for name in groups}

@@ -41,6 +41,7 @@ __all__ = [
     "cost",
     "gather",
     "gpu_workers",
+    "of_study",
     "pin_to_device",
     "product",
     "read",
@@ -422,6 +423,19 @@ def cost(runs: pd.DataFrame, command: str) -> dict[str, object]:
     }
 
 
+def of_study(runs: pd.DataFrame, study: Iterable[Config]) -> pd.DataFrame:
+    """Return the runs of a study.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        From `collect`.
+    study : iterable of dict
+    """
+    names = {run_id(config) for config in study}
+    return runs if runs.empty else runs[runs["run_id"].isin(names)]
+
+
 def conclude(
     name: str,
     study: Sequence[Config],
@@ -457,11 +471,10 @@ def conclude(
     FileNotFoundError
         If no run of the study has finished.
     """
-    names, runs = {run_id(config) for config in study}, collect(root)
-    runs = runs if runs.empty else runs[runs["run_id"].isin(names)]
+    runs, n_wanted = of_study(collect(root), study), len({run_id(config) for config in study})
     if runs.empty:
         raise FileNotFoundError(f"no finished run of {name} in {root}; run it with --workers 1")
-    provenance = cost(runs, command) | {"n_missing": len(names) - len(runs)}
+    provenance = cost(runs, command) | {"n_missing": n_wanted - len(runs)}
     return store.put(name, summarise(runs), root=results, provenance=provenance)
 
 
