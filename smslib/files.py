@@ -63,10 +63,10 @@ def _draft(path: Path, folder: str | os.PathLike[str] | None = None) -> Path:
 def _remove_abandoned(folder: Path, name: str) -> None:
     """Remove the drafts of a file that nobody has written to for a day."""
     with contextlib.suppress(OSError):  # no folder, or another process was faster
-        for left in folder.iterdir():
-            if left.name.startswith(f".{name}.") and left.name.endswith(".tmp"):
-                if time.time() - left.stat().st_mtime > _A_DAY:
-                    left.unlink()
+        lying = [left for left in os.scandir(folder) if left.name.startswith(f".{name}.")]
+        for left in lying:
+            if left.name.endswith(".tmp") and time.time() - left.stat().st_mtime > _A_DAY:
+                os.unlink(left)
 
 
 @contextlib.contextmanager
