@@ -7,12 +7,10 @@ at the newest end also all notebooks, against their stored outputs.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from xml.etree import ElementTree
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +23,7 @@ TESTERS = ("beartype", "hypothesis", "pytest", "pytest-cov", "pytest-xdist")
 TESTERS += ("ipykernel", "jupytext", "nbval>=0.11,<0.12", "pyyaml")  # and of the notebooks
 UV = (sys.executable, "-m", "uv", "--quiet")
 # Their deprecations are the next release's matter, and old libraries beside new ones have many.
-OPTIONS = ("-q", "-n0", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning")
+OPTIONS = ("-n0", "-W", "ignore::DeprecationWarning")
 
 
 def _run(command, **options):
@@ -52,29 +50,6 @@ def tests_of(tree):
     return [name for name in found if (tree / name).exists()]
 
 
-def judge(tree, folder):
-    """Run the tests; return how many passed and were skipped, and the names of the others."""
-    report = folder.with_suffix(".xml")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    command = [folder / "bin" / "python", "-m", "pytest", *OPTIONS, f"--junitxml={report}"]
-    subprocess.run(
-        [*map(str, command), *tests_of(tree)],
-        cwd=tree,
-        env=environment,
-        check=False,
-        stdout=subprocess.DEVNULL,
-    )
-    cases = list(ElementTree.parse(report).iter("testcase"))
-    kinds = {case: {part.tag for part in case} for case in cases}
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in cases
-        if kinds[case] & {"failure", "error"}
-    ]
-    skipped = sum("skipped" in tags for tags in kinds.values())
-    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped}, failed
-
-
 def judge_ends(only=None):
     """Judge both ends; return flat values and the tests that did not pass."""
     values, bad = {}, []
@@ -83,10 +58,11 @@ def judge_ends(only=None):
             tree, folder = Path(place, f"{end}-tree"), Path(place, end)
             supply.committed(tree)
             versions = install(end, tree, folder)
-            counts, failed = judge(tree, folder)
+            python = folder / "bin" / "python"
+            counts, failed = repeats.judge(tree, python, *OPTIONS, *tests_of(tree))
             counts |= {"failed": len(failed)}
             if end == "newest":
-                pages, differ = repeats.compare(tree, folder / "bin" / "python")
+                pages, differ = repeats.compare(tree, python)
                 counts |= {f"pages.{key}": value for key, value in pages.items()}
                 failed += differ
             values |= {f"ends.{end}.{key}": value for key, value in {**counts, **versions}.items()}

@@ -655,18 +655,15 @@ def _where(error):
 
 
 def feed(reader, good, numbers, seed, folder, tell):
-    """Feed some numbers of inputs; tell of each before it is fed, and how it ended."""
+    """Feed some numbers of inputs; tell of each how it ended."""
     with contextlib.suppress(Exception):  # imports of the first reading
         READERS[reader].feed(np.random.default_rng([seed, 1 << 20]), good, folder)
     (folder / "executed").unlink(missing_ok=True)
     seen, code = bound(folder), zlib.crc32(reader.encode())
     for number in numbers:
-        tell({"at": number})
         rng = np.random.default_rng([seed, code, number])
         ended, fault = outcome(reader, rng, good, folder, seen)
-        tell({"ended": ended})
-        if fault:
-            tell({"number": number, "fault": fault})
+        tell({"number": number, "ended": ended, "fault": fault})
 
 
 # ----------------------------------------------------------------------- the parent's side
@@ -704,11 +701,11 @@ def batches(reader, count, seed):
     while first < count:
         told, status, used = _in_a_child(reader, range(first, count), seed)
         peak = max(peak, used)
-        ends.update(line["ended"] for line in told if "ended" in line)
-        faults |= {line["number"]: line["fault"] for line in told if "fault" in line}
+        ends.update(line["ended"] for line in told)
+        faults |= {line["number"]: line["fault"] for line in told if line["fault"]}
         if not status:
             return ends, faults, peak
-        at = max(line["at"] for line in told if "at" in line)
+        at = first + len(told)
         words = "went on for ever" if os.WTERMSIG(status) == signal.SIGXCPU else "died"
         faults[at] = f"the process {words} (status {status})"
         ends["fault"] += 1

@@ -15,33 +15,34 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = (2, 4)
-OPTIONS = ("-q", "-p", "no:cacheprovider", "-W", "default", "--nbval")
-LIMIT = 1800  # seconds for a cell
+OPTIONS = ("-W", "default", "-n1", "--dist", "loadscope", "--nbval")
+OPTIONS += ("--nbval-cell-timeout=1800",)  # seconds
+
+
+def judge(tree, python, *options, threads=1):
+    """Run tests of a tree; return how many passed and were skipped, and who did neither."""
+    counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(counts, str(threads)), "PYTHONHASHSEED": "0"}
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place, "report.xml")
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [str(word) for word in (*command, *options)]
+        subprocess.run(command, cwd=tree, env=environment, check=False, stdout=subprocess.DEVNULL)
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    ends = [{part.tag for part in case} for case in cases]
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case, tags in zip(cases, ends, strict=True)
+        if tags & {"failure", "error"}
+    ]
+    skipped = sum("skipped" in tags for tags in ends)
+    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped}, failed
 
 
 def compare(tree, python=sys.executable, *, threads=1):
     """Run the notebooks of a tree; return how many cells were compared, and which differ."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONHASHSEED": "0"}
-    with tempfile.TemporaryDirectory() as place:
-        report = Path(place, "report.xml")
-        options = [*OPTIONS, f"--nbval-cell-timeout={LIMIT}", f"--junitxml={report}"]
-        command = [
-            str(python),
-            "-m",
-            "pytest",
-            *options,
-            "-n1",
-            "--dist",
-            "loadscope",
-            "notebooks",
-        ]
-        subprocess.run(command, cwd=tree, env=environment, check=False, stdout=subprocess.DEVNULL)
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    differ = [case for case in cases if {part.tag for part in case} & {"failure", "error"}]
-    names = [f"{case.get('classname')} {case.get('name')}" for case in differ]
-    return {"cells": len(cases) - len(skipped), "differ": len(differ)}, names
+    counts, differ = judge(tree, python, *OPTIONS, "notebooks", threads=threads)
+    return {"cells": counts["passed"] + len(differ), "differ": len(differ)}, differ
 
 
 def on_threads(some=THREADS):
