@@ -250,6 +250,12 @@ def test_texts_are_compared_as_a_reader_would(stored, fresh, same):
     assert (difference(stored, fresh, Tolerance()) is None) == same
 
 
+@pytest.mark.parametrize(("first", "second"), [("0.8", "0.7"), ("0.3", "0.4"), ("27.6", "27.5")])
+def test_a_last_digit_may_move_by_a_tolerance_of_one(first, second):
+    assert difference(first, second, Tolerance(rtol=0.0, atol=0.1)) is None
+    assert difference(first, second, Tolerance(rtol=0.0, atol=0.099)) is not None
+
+
 def test_a_difference_names_the_numbers():
     assert difference("mcc 0.91, r2 0.5", "mcc 0.95, r2 0.5", Tolerance()) == "0.91 became 0.95"
     assert difference("one\ntwo", "one\ntoo", Tolerance()) == "stored 'two', now 'too'"

@@ -446,7 +446,8 @@ def test_gseapy_stays_offline_quiet_and_tidy(ranking, monkeypatch, tmp_path, cap
     programs.enrich(*ranking)
     nothing_shared = {"x": ["G100"]}
     programs.enrich(nothing_shared, ranking[1], background=ranking[0].genes)
-    assert (threading.active_count(), n_system_threads()) == threads
+    assert threading.active_count() == threads[0]
+    assert n_system_threads() <= threads[1]  # one of somebody else's may have ended
     assert list(tmp_path.rglob("*")) == []
     assert capfd.readouterr() == ("", "")
 

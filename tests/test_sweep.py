@@ -1,6 +1,7 @@
 """Sweeps: counting, naming, resuming, surviving crashes, on any executor."""
 
 import argparse
+import gzip
 import hashlib
 import io
 import itertools
@@ -8,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import threading
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -641,6 +644,86 @@ def test_collect_names_a_file_that_is_no_run(tmp_path):
 # ---------------------------------------------------------------- one file for all
 
 
+def test_a_bundle_stands_for_the_runs_it_holds(tmp_path):
+    sweep.run(double, STUDY[:3], tmp_path)
+    before, files = sweep.collect(tmp_path), sorted(tmp_path.glob("*.json"))
+    path = sweep.bundle(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    pd.testing.assert_frame_equal(sweep.collect(tmp_path), before)
+    assert sweep.run(never, STUDY[:3], tmp_path) == []  # nothing is missing
+    lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    assert [line["run_id"] for line in lines] == [file.stem for file in files]
+    read = pd.read_json(path, lines=True)
+    assert [result["double"] for result in read["result"]] == before["double"].tolist()
+
+
+def test_a_bundle_takes_later_runs_in(tmp_path):
+    sweep.run(double, STUDY[:2], tmp_path / "grown")
+    sweep.bundle(tmp_path / "grown")
+    sweep.run(double, STUDY, tmp_path / "grown")
+    assert len(list((tmp_path / "grown").glob("*.json"))) == len(STUDY) - 2
+    grown = sweep.collect(tmp_path / "grown")
+    assert sorted(grown["x"]) == sorted(config["x"] for config in STUDY)
+    sweep.bundle(tmp_path / "grown")
+    pd.testing.assert_frame_equal(sweep.collect(tmp_path / "grown"), grown)
+
+
+def test_the_same_runs_give_the_same_bundle(tmp_path):
+    sweep.run(double, STUDY, tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "again")
+    first, second = sweep.bundle(tmp_path), sweep.bundle(tmp_path / "again")
+    assert first.read_bytes() == second.read_bytes() == sweep.bundle(tmp_path).read_bytes()
+
+
+def test_a_run_of_its_own_counts_before_that_of_the_bundle(tmp_path):
+    sweep.run(double, STUDY[:1], tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    entry = store.read_json(file)
+    sweep.bundle(tmp_path)
+    store.write_json(file, entry | {"result": {"double": -1}})
+    assert sweep.collect(tmp_path)["double"].tolist() == [-1]
+    sweep.bundle(tmp_path)
+    assert sweep.collect(tmp_path)["double"].tolist() == [-1]
+
+
+def test_a_failed_bundle_leaves_the_runs(tmp_path, monkeypatch):
+    sweep.run(double, STUDY, tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(store, "write_bytes", mock.Mock(side_effect=OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        sweep.bundle(tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_only_runs_are_bundled(tmp_path):
+    with pytest.raises(ValueError, match="no finished run"):
+        sweep.bundle(tmp_path)
+    path = store.put("abc", {"x": 1}, root=tmp_path, provenance={"commit": "def"})
+    with pytest.raises(ValueError, match=r"abc\.json is not a run"):
+        sweep.bundle(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", gzip.compress(b"{"), gzip.compress(b"[1]\n"), gzip.compress(b"{}\n")],
+    ids=["empty", "plain", "no JSON", "no object", "no name"],
+)
+def test_a_spoiled_bundle_is_named(tmp_path, content):
+    (tmp_path / "runs.jsonl.gz").write_bytes(content)
+    for call in (sweep.collect, sweep.bundle, lambda root: sweep.run(double, STUDY, root)):
+        with pytest.raises(ValueError, match=r"runs\.jsonl\.gz is not a bundle of runs"):
+            call(tmp_path)
+
+
+def test_a_bundle_cut_short_is_named(tmp_path):
+    sweep.run(double, STUDY, tmp_path)
+    path = sweep.bundle(tmp_path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"runs\.jsonl\.gz is not a bundle of runs"):
+        sweep.collect(tmp_path)
+
+
 def same(left, right):
     """Compare cells of two tables: missing is missing, True is not 1, 1 is 1.0."""
     if isinstance(left, list) and isinstance(right, list):
@@ -770,7 +853,7 @@ def threads_used(config):
 def test_the_options_of_a_command():
     assert vars(options_of()) == {
         **{"results": Path("book/results"), "workers": 2, "retry": False},
-        **{"index": None, "part": None},
+        **{"index": None, "part": None, "bundle": False},
     }
     assert options_of("--index", "3", "--retry").index == 3
 
@@ -801,6 +884,15 @@ def test_a_part_is_one_of_some(text, capsys):
 def test_without_workers_nothing_runs(tmp_path):
     sweep.run_in_processes(threads_used, STUDY, tmp_path, options_of("--workers", "0"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_command_may_end_in_a_bundle(tmp_path, workers):
+    sweep.run(threads_used, STUDY[:1], tmp_path)
+    given = options_of("--workers", workers, "--bundle")
+    sweep.run_in_processes(threads_used, STUDY[:2], tmp_path, given)
+    assert [file.name for file in tmp_path.iterdir()] == ["runs.jsonl.gz"]
+    assert len(sweep.collect(tmp_path)) == 1 + int(workers)
 
 
 def test_a_study_is_concluded_from_its_own_runs(tmp_path):

@@ -1,4 +1,4 @@
-"""Do the pages print the same numbers on more threads, and with the newest libraries?
+"""Do the pages print the same numbers on more threads, elsewhere, and with the newest libraries?
 
 ``python tests/torture/repeats.py --threads 2`` runs all notebooks against their stored outputs,
 within the tolerances of the book, as ``make test`` does on one thread.
@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
+
+from smslib import store
 
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = (2, 4)
@@ -53,6 +55,14 @@ def on_threads(some=THREADS):
         values |= {f"threads.{threads}.{key}": value for key, value in counts.items()}
         bad += [f"{threads} threads: {name}" for name in differ]
     return values, bad
+
+
+def on_this_processor():
+    """Compare what this machine gives with what is stored; return its processor's name, too."""
+    with store.measure() as here:
+        counts, differ = compare(ROOT)
+    values = {f"processor.{key}": value for key, value in counts.items()}
+    return values | {"processor.name": here["device"]}, differ
 
 
 def main():

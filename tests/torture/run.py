@@ -61,6 +61,7 @@ PARTS = {
     "supply": lambda _share: supply.build_and_try(),
     "ends": lambda _share: ends.judge_ends(),
     "threads": lambda _share: repeats.on_threads(),
+    "processor": lambda _share: repeats.on_this_processor(),
     "faults": lambda _share: faults.plant_all(pages=True),
     "mutants": lambda share: mutants.kill_some(round(150 * share)),
 }
