@@ -57,6 +57,7 @@ __all__ = [
 Config = Mapping[str, Any]
 Task = Callable[[dict[str, Any]], Mapping[str, Any]]
 _RECORD = {"run_id", "provenance"}  # columns that neither configuration nor result may name
+_PARTS = ("config", "result", "provenance")  # of a finished run's file
 _BUNDLE = "runs.jsonl.gz"
 _AS_JSON = {b"smslib": b"json"}  # marks the columns of a parquet file that hold JSON text
 
@@ -339,7 +340,7 @@ def collect(root: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.json_normalize([_row(root, name, entry) for name, entry in _entries(root).items()])
+    return pd.json_normalize([_row(name, entry) for name, entry in _entries(root).items()])
 
 
 def bundle(root: str | Path) -> Path:
@@ -369,8 +370,6 @@ def bundle(root: str | Path) -> Path:
     files, entries = list(root.glob("*.json")), _entries(root)
     if not entries:
         raise ValueError(_no_run(root))
-    for name, entry in entries.items():
-        _row(root, name, entry)
     lines = [
         json.dumps({"run_id": name, **entry}, sort_keys=True, separators=(",", ":")) + "\n"
         for name, entry in entries.items()
@@ -388,7 +387,14 @@ def _no_run(root: str | Path) -> str:
 def _entries(root: str | Path) -> dict[str, dict[str, Any]]:
     """Return the finished runs of a folder by name; a run's own file counts before the bundle."""
     own = {path.stem: store.read_json(path) for path in Path(root).glob("*.json")}
-    return dict(sorted((_bundled(root) | own).items()))
+    entries = dict(sorted((_bundled(root) | own).items()))
+    for name, entry in entries.items():
+        if not all(isinstance(entry.get(part), dict) for part in _PARTS):
+            raise ValueError(
+                f"{_file(Path(root), name)} is not a run; expected config, result and provenance "
+                "in it. Keep other files elsewhere"
+            )
+    return entries
 
 
 def _bundled(root: str | Path) -> dict[str, dict[str, Any]]:
@@ -834,19 +840,9 @@ def _raise_if_lost(lost: Mapping[str, Exception], n_runs: int) -> None:
         ) from error
 
 
-def _row(root: str | Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    parts = [entry.get(name) for name in ("config", "result", "provenance")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(
-            f"{_file(Path(root), name)} is not a run; expected config, result and provenance in "
-            "it. Keep other files elsewhere"
-        )
-    return {
-        "run_id": name,
-        **entry["config"],
-        **entry["result"],
-        "provenance": entry["provenance"],
-    }
+def _row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    row = {"run_id": name, **entry["config"], **entry["result"]}
+    return row | {"provenance": entry["provenance"]}
 
 
 def _pyarrow() -> tuple[ModuleType, ModuleType]:
