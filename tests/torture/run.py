@@ -75,8 +75,11 @@ def keep(part, values, provenance, root):
     }
     if part != "interruptions":
         others |= {key: value for key, value in old.items() if key.startswith("together.")}
-    values = {**values, f"{part}.date": provenance["date"][:10]}
-    store.put(NAME, others | values, root=root, provenance=provenance)
+    when_and_where = {
+        f"{part}.date": provenance["date"][:10],
+        f"{part}.device": provenance["device"],
+    }
+    store.put(NAME, others | values | when_and_where, root=root, provenance=provenance)
 
 
 def main():
