@@ -341,6 +341,7 @@ def strip(
     *,
     label: str,
     threshold: float | None = None,
+    linked: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw every value of each group as a dot on a line of its own.
@@ -353,14 +354,24 @@ def strip(
         The quantity and its unit.
     threshold : float, optional
         Marked by a dotted line.
+    linked : bool
+        Join the dots of a run from group to group: values at the same place belong to the same
+        run, NaN where a group lacks it.
     ax : Axes, optional
 
     Returns
     -------
     Axes
         Values along x.
+
+    Raises
+    ------
+    ValueError
+        If linked groups differ in length.
     """
     ax = _axes(ax)
+    if linked:
+        _link(ax, groups)
     for place, values in enumerate(groups.values()):
         heights = place + 0.5 * _spread(len(values))
         ax.scatter(values, heights, s=14, alpha=0.7, color=LOOKS["svae+"].colour, linewidths=0)
@@ -772,6 +783,19 @@ def _lines(ax: Axes, lines: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
     _check_distinguishable(len(lines), "curves")
     for (name, (x, values)), key, dash in zip(lines.items(), _PALETTE, _DASHES, strict=False):
         ax.plot(x, values, label=name, color=LOOKS[key].colour, linestyle=dash)
+
+
+def _link(ax: Axes, groups: Mapping[str, ArrayLike]) -> None:
+    """Join the values at the same place of every group, over the gaps that NaN leaves."""
+    if len(lengths := {len(values) for values in groups.values()}) > 1:
+        raise ValueError(
+            f"linked groups have {sorted(lengths)} values; expected the same runs in each, NaN "
+            "where one is missing"
+        )
+    for run, offset in enumerate(_spread(lengths.pop())):
+        values = np.array([group[run] for group in groups.values()], dtype=float)
+        there = np.flatnonzero(np.isfinite(values))
+        ax.plot(values[there], there + 0.5 * offset, color="#666666", linewidth=0.6, alpha=0.6)
 
 
 def _check_distinguishable(n: int, what: str) -> None:

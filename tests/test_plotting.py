@@ -175,6 +175,21 @@ def test_strip_shows_every_value_first_group_on_top():
     assert len(plotting.strip({"a": [1.0]}, label="").lines) == 0
 
 
+def test_a_linked_strip_joins_the_dots_of_each_run_over_gaps():
+    ax = plotting.strip(
+        {"a": [1.0, 2.0], "b": [3.0, np.nan], "c": [5.0, 6.0]}, label="", linked=True
+    )
+    first, second = ([line.get_xdata().tolist(), line.get_ydata().tolist()] for line in ax.lines)
+    dots = [dots.get_offsets().tolist() for dots in ax.collections]
+    assert list(map(list, zip(*first, strict=True))) == [group[0] for group in dots]
+    assert list(map(list, zip(*second, strict=True))) == [dots[0][1], dots[2][1]]
+
+
+def test_a_linked_strip_wants_the_same_runs_in_each_group():
+    with pytest.raises(ValueError, match=r"have \[1, 2\] values; expected the same runs"):
+        plotting.strip({"a": [1.0], "b": [1.0, 2.0]}, label="", linked=True)
+
+
 def test_heatmap_writes_every_number_and_leaves_gaps_empty():
     ax = plotting.heatmap(np.array([[0.0, 1.0], [np.nan, 0.5]]), rows=(40, 60), columns=("a", "b"))
     written = {text.get_position(): (text.get_text(), text.get_color()) for text in ax.texts}
