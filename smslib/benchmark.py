@@ -285,8 +285,7 @@ def _model_graph_scores(
     if method in _UNGATED:
         return scores
     matching = metrics.match_latents(true, estimated)
-    edges = metrics.aligned_edges(truth, graph, matching)
-    calibration = metrics.calibration(edges[1], edges[0])
+    calibration = metrics.calibration(*metrics.aligned_edges(truth, graph, matching))
     return scores | {"calibration": calibration.error, "brier": calibration.brier}
 
 

@@ -441,8 +441,8 @@ class Calibration(NamedTuple):
 
 
 def calibration(
-    probabilities: Real[Any, " edge"],
     truth: Bool[Any, " edge"] | Real[Any, " edge"],
+    probabilities: Real[Any, " edge"],
     *,
     n_bins: int = 10,
 ) -> Calibration:
@@ -450,10 +450,10 @@ def calibration(
 
     Parameters
     ----------
-    probabilities : array, (n_edges,)
-        In [0, 1]; with ``truth`` from `aligned_edges`.
     truth : array, (n_edges,)
-        Non-zero where the edge is there.
+        1, or True, where the edge is there, else 0.
+    probabilities : array, (n_edges,)
+        In [0, 1]; both from `aligned_edges`.
     n_bins : int
         Bins of equal width; a probability on an inner border belongs to the lower bin.
 
@@ -468,14 +468,14 @@ def calibration(
     Raises
     ------
     ValueError
-        If the arrays are not flat and of equal length, a probability leaves [0, 1], or ``n_bins``
-        is not positive.
+        If the arrays are not flat and of equal length, ``truth`` holds anything but 0 and 1, a
+        probability leaves [0, 1], or ``n_bins`` is not positive.
 
     Notes
     -----
     Expected calibration error: Naeini, Cooper and Hauskrecht, AAAI 2015.
     """
-    probabilities, truth = _checked_probabilities(probabilities, truth)
+    truth, probabilities = _checked_probabilities(truth, probabilities)
     if n_bins < 1:
         raise ValueError(f"n_bins={n_bins}; expected at least 1")
     borders = np.linspace(0.0, 1.0, n_bins + 1)[1:-1]
@@ -732,13 +732,19 @@ def _checked_values(name: str, given: object) -> Float[np.ndarray, " seed"]:
 
 
 def _checked_probabilities(
-    probabilities: object, truth: object
-) -> tuple[Float[np.ndarray, " edge"], Bool[np.ndarray, " edge"]]:
-    probabilities, truth = np.asarray(probabilities, dtype=float), np.asarray(truth)
+    truth: object, probabilities: object
+) -> tuple[Bool[np.ndarray, " edge"], Float[np.ndarray, " edge"]]:
+    truth, probabilities = np.asarray(truth), np.asarray(probabilities, dtype=float)
     if probabilities.ndim != 1 or truth.shape != probabilities.shape or not truth.size:
         raise ValueError(
-            f"probabilities have shape {probabilities.shape}, truth {truth.shape}; expected two "
+            f"truth has shape {truth.shape}, probabilities {probabilities.shape}; expected two "
             "flat arrays of the same edges, as aligned_edges returns"
+        )
+    neither = (truth != 0) & (truth != 1)
+    if neither.any():
+        raise ValueError(
+            f"truth holds {truth[neither][0]}; expected 0 and 1 (or booleans), and the "
+            "probabilities after it"
         )
     outside = ~((probabilities >= 0) & (probabilities <= 1))
     if outside.any():
@@ -746,7 +752,7 @@ def _checked_probabilities(
             f"probabilities hold {probabilities[outside][0]}; expected numbers from 0 to 1 (are "
             "these logits or shifts?)"
         )
-    return probabilities, truth != 0
+    return truth != 0, probabilities
 
 
 def _informative(

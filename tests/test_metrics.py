@@ -81,7 +81,7 @@ def edges(true, estimated):
     """Expected calibration error of edges whose probability grows with the latents' size."""
     matching = metrics.match_latents(true, estimated)
     truth, score = metrics.aligned_edges(np.abs(true) > 1, np.abs(estimated), matching)
-    return metrics.calibration(score / score.max(), truth).error
+    return metrics.calibration(truth, score / score.max()).error
 
 
 def predicted(true, estimated):
@@ -492,7 +492,7 @@ def test_calibration_is_sklearns(seed, n_bins):
     rng = np.random.default_rng(seed)
     probability = np.round(rng.uniform(size=80) ** 3, rng.integers(1, 4))
     truth = rng.uniform(size=80) < 0.4
-    found = metrics.calibration(probability, truth, n_bins=n_bins)
+    found = metrics.calibration(truth, probability, n_bins=n_bins)
     observed, mean = calibration_curve(truth, probability, n_bins=n_bins)
     used = found.count > 0
     np.testing.assert_allclose(found.mean[used], mean)
@@ -504,7 +504,7 @@ def test_calibration_is_sklearns(seed, n_bins):
 
 def test_calibration_error_by_hand():
     probability = np.array([0.1, 0.3, 0.9, 0.9, 1.0])
-    found = metrics.calibration(probability, np.array([0, 1, 1, 1, 0]), n_bins=2)
+    found = metrics.calibration(np.array([0, 1, 1, 1, 0]), probability, n_bins=2)
     # Lower bin: .2 said, .5 seen, two edges. Upper: 2.8 / 3 said, 2 / 3 seen, three edges.
     assert found.error == pytest.approx((2 * 0.3 + 3 * (2.8 - 2) / 3) / 5)
     assert found.count.tolist() == [2, 3]
@@ -512,16 +512,16 @@ def test_calibration_error_by_hand():
 
 def test_certain_and_right_is_calibrated_and_certain_and_wrong_is_not():
     truth = np.array([True, False, False])
-    assert metrics.calibration(truth.astype(float), truth)[:2] == (0, 0)
-    assert metrics.calibration(1.0 - truth, truth)[:2] == (1, 1)
+    assert metrics.calibration(truth, truth.astype(float))[:2] == (0, 0)
+    assert metrics.calibration(truth, 1.0 - truth)[:2] == (1, 1)
 
 
 def test_probabilities_that_are_frequencies_are_calibrated():
     rng = np.random.default_rng(0)
     probability = rng.uniform(size=100_000)
     truth = rng.uniform(size=100_000) < probability
-    assert metrics.calibration(probability, truth).error < 0.01
-    assert metrics.calibration(probability**3, truth).error > 0.2
+    assert metrics.calibration(truth, probability).error < 0.01
+    assert metrics.calibration(truth, probability**3).error > 0.2
 
 
 def test_aligned_edges_by_hand():
@@ -797,20 +797,28 @@ Z = np.ones((4, 2)) * np.arange(4)[:, None]
             "a has 1 values and b 2; expected the same seeds",
         ),
         (
-            lambda: unchecked(metrics.calibration)(Z[:, 0], Z),
-            r"probabilities have shape \(4,\), truth \(4, 2\); expected two flat arrays",
+            lambda: unchecked(metrics.calibration)(Z, Z[:, 0]),
+            r"truth has shape \(4, 2\), probabilities \(4,\); expected two flat arrays",
         ),
         (
-            lambda: metrics.calibration(np.array([0.5, -2]), np.ones(2)),
+            lambda: metrics.calibration(np.ones(2), np.array([0.5, -2])),
             "probabilities hold -2.0; expected numbers from 0 to 1",
         ),
         (
-            lambda: metrics.calibration(np.array([0.5, 1.5]), np.ones(2)),
+            lambda: metrics.calibration(np.ones(2), np.array([0.5, 1.5])),
             "probabilities hold 1.5; expected numbers from 0 to 1",
         ),
         (
-            lambda: metrics.calibration(np.array([np.nan]), np.ones(1)),
+            lambda: metrics.calibration(np.ones(1), np.array([np.nan])),
             "probabilities hold nan; expected numbers from 0 to 1",
+        ),
+        (
+            lambda: metrics.calibration(np.array([0.2, 0.9]), np.array([0, 1])),
+            r"truth holds 0.2; expected 0 and 1 \(or booleans\), and the probabilities after",
+        ),
+        (
+            lambda: metrics.calibration(np.array([0, np.nan]), np.zeros(2)),
+            "truth holds nan; expected 0 and 1",
         ),
         (
             lambda: metrics.calibration(np.ones(1), np.ones(1), n_bins=0),
