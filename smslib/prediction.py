@@ -643,7 +643,8 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     "other-half" is a noisy observation, no bound on r2 or rmse_ratio (a smoother prediction can
     beat it), and ranks genes by itself. Where two halves correlate by r, the best possible
-    prediction correlates with either by about ``sqrt(r)``: "attainable" in `summarise`.
+    prediction correlates with either by about ``sqrt(r)``: "attainable" in `summarise`. Scores
+    are against one half, so nothing has to be corrected for the number of cells.
     """
     read, split = _chosen(config, "dataset", _READERS), _chosen(config, "task", _TASKS)
     _chosen(config, "method", {**METHODS, **BASELINES, _OTHER_HALF: None})
@@ -845,7 +846,8 @@ def summarise(runs: pd.DataFrame) -> dict[str, Any]:
         ``.p_value`` of a paired t-test over conditions (means over the ``.n_seeds`` seeds that
         both methods have: other seeds are other splits).
         ``<dataset>.<task>.attainable.pearson`` and ``.cosine``, with suffix ``_top`` too, are the
-        square roots of the mean agreement of two halves of the held-out cells.
+        mean over conditions of ``sqrt(r)``, where ``r`` is the agreement of two halves of the
+        held-out cells (mean over seeds); a negative ``r`` counts as ``-sqrt(-r)``.
     """
     values: dict[str, Any] = {}
     for (dataset, task), group in runs.sort_values("seed").groupby(["dataset", "task"]):
@@ -875,13 +877,21 @@ def _summary(key: str, table: Float[np.ndarray, "seed condition"]) -> dict[str, 
 
 
 def _attainable(key: str, halves: Mapping[str, _Table]) -> dict[str, float]:
-    """Return what a prediction without error would reach, were it not for noise in the scores."""
+    """Return the mean score, against one half, of a prediction without error.
+
+    Scores are averaged over conditions, so the root is taken of each: the root of the mean would
+    be larger. Where there is no effect, agreement scatters about zero; roots that keep its sign
+    cancel there, while those of the positive part alone would add up.
+    """
     agreement = {
-        name: np.mean(list(table.values()))
+        name: np.mean(list(table.values()), 0)
         for name, table in halves.items()
         if name.startswith(_AGREEMENT)
     }
-    return {f"{key}.{name}": float(max(r, 0.0) ** 0.5) for name, r in agreement.items()}
+    return {
+        f"{key}.{name}": float(np.mean(np.sign(r) * np.abs(r) ** 0.5))
+        for name, r in agreement.items()
+    }
 
 
 def _differences(

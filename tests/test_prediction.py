@@ -650,8 +650,7 @@ def test_the_command_runs_what_is_missing_and_stores_a_summary(monkeypatch, tmp_
     key = "toy.cells.additive.pearson.minus_training-mean"
     assert stored[key] == pytest.approx(np.mean(by_condition) - np.mean(other), rel=1e-3)
     assert stored[f"{key}.p_value"] == pytest.approx(difference.pvalue, rel=1e-2)
-    agreement = stored["toy.cells.other-half.pearson.mean"]
-    assert stored["toy.cells.attainable.pearson"] == pytest.approx(agreement**0.5, rel=1e-5)
+    assert 0 < stored["toy.cells.attainable.pearson"] < 1
     assert "toy.cells.attainable.r2" not in stored
 
 
@@ -680,6 +679,27 @@ def test_methods_are_compared_over_the_seeds_that_both_have():
     assert f"{key}.minus_training-mean" not in found
     assert "toy.cells.svae.r2.minus_additive" not in found
     assert found[f"{key}.by_condition"] == pytest.approx([10.0 / 3, -7.0 / 3])
+
+
+def test_what_is_attainable_is_a_mean_of_roots_over_conditions():
+    runs = rows_of("other-half", {0: [0.5, 0.02], 1: [0.78, -0.04]})  # means 0.64 and -0.01
+    found = prediction.summarise(pd.DataFrame(runs))
+    assert found["toy.cells.attainable.pearson"] == pytest.approx((0.8 - 0.1) / 2)
+
+
+def test_a_prediction_without_error_reaches_what_is_attainable():
+    rng = np.random.default_rng(0)
+    size = np.array([0.0, 0.0, 0.3, 1.0, 3.0])  # of the effects, in units of the noise of a half
+    truth = size[:, None] * rng.standard_normal((5, 4000))
+    runs, reached = [], []
+    for seed in range(20):
+        one, other = truth + rng.standard_normal((2, 5, 4000))
+        halves = [np.corrcoef(*both)[0, 1] for both in zip(one, other, strict=True)]
+        runs += rows_of("other-half", {seed: halves})
+        reached += [np.corrcoef(*both)[0, 1] for both in zip(truth[2:], one[2:], strict=True)]
+    found = prediction.summarise(pd.DataFrame(runs).assign(conditions=[list("abcde")] * 20))
+    expected = np.sum(reached) / 20 / 5  # a prediction of no effect scores zero
+    assert found["toy.cells.attainable.pearson"] == pytest.approx(expected, abs=0.03)
 
 
 def test_the_command_explains_itself(capsys):
