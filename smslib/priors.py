@@ -180,6 +180,14 @@ class Gate(nn.Module):
         """Return what sparsity charges, nats over the whole screen."""
         return torch.zeros(())
 
+    def asked(self) -> float:
+        """Return the evidence, nats, beyond which a gate ends more open than shut.
+
+        The evidence for an edge is ``n m^2 / 2`` for n cells with a shift of m prior standard
+        deviations (derived in `smslib.transfer.adapt`).
+        """
+        return 0.0
+
 
 class FixedGate(Gate):
     """Gates that are given, not learned (after binarisation)."""
@@ -245,6 +253,10 @@ class L1Gate(LogitGate):
         """Return strength times the expected number of open gates."""
         return self.strength * self().sum()
 
+    def asked(self) -> float:
+        """Return the strength."""
+        return self.strength
+
 
 class BetaGate(LogitGate):
     r"""Gates :math:`\gamma \sim` Bernoulli(w) with w ~ Beta(1, alpha): sVAE+.
@@ -297,6 +309,15 @@ class BetaGate(LogitGate):
         return {"tied": self._tied, "profile": self._profile, "collapsed": self._collapsed}[
             self.weight
         ]().sum()
+
+    def asked(self) -> float:
+        """Return what the chosen treatment of w asks of an edge; none where the prior is flat."""
+        nats = {
+            "tied": 2.0 * (self.alpha - 1.0),
+            "profile": math.log(max(1.0, 2.0 * self.alpha - 1.0)),
+            "collapsed": math.log(self.alpha),
+        }
+        return max(0.0, nats[self.weight])
 
     def _tied(self) -> Float[Tensor, "target latent"]:
         return (self.alpha - 1) * functional.softplus(self.logit) - math.log(self.alpha)

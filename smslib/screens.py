@@ -64,10 +64,7 @@ _ALIKE = PATHWAY[:4]  # IRF1, the fifth, acts downstream and shares only part of
 _DONOR = "CD86"  # the null target with most cells
 _N_DRAWS = 200
 _EPOCHS = 24
-# Of fits with far fewer steps than the recipe's. Muon doubles what a step costs, Gauss-Newton from
-# the middle on adds a third, and neither has a better validation ELBO to show for it here; the
-# weighted bound doubles the cost of a fit for .1 nats of IWELBO.
-_SHORT_TRAINING = {"batch_size": 128, "optimizer": "adam", "encoder_share": 0.8, "n_draws": 1}
+_BATCH = 128  # cells
 
 
 def prepare(
@@ -164,19 +161,15 @@ def build(
 
     Notes
     -----
-    An edge of sVAE+ is kept when its shift exceeds ``sqrt(4 (alpha - 1) / n)`` prior standard
-    deviations for a target seen in n cells. The recipe's own alpha, meant for the simulation's
-    shifts of 5, would shut most real edges. sVAE is given the strength with the same threshold.
-
-    Networks, inference, learning rate and warm-up are the recipe's. A real screen is fitted in
-    far fewer steps, which changes the rest: Adam for every parameter, Gauss-Newton steps in the
-    last fifth of the epochs, and the ELBO as the objective throughout.
+    The recipe is "screen" of `smslib.recipes`: the one of the simulations would shut most real
+    edges. sVAE is given the strength with the same threshold as sVAE+.
     """
-    alpha = float(design.n_targets) if sparsity is None else sparsity
-    strength = {"svae+": alpha, "svae": 2.0 * (alpha - 1.0)}.get(method)
+    strength = None
+    if sparsity is not None:
+        strength = {"svae+": sparsity, "svae": 2.0 * (sparsity - 1.0)}.get(method)
     options = {"n_latent": n_latent, "sparsity": strength, "seed": seed, "epochs": epochs}
-    model, config = recipes.build(cells, design, method=method, **options)
-    return model, replace(config, **{**_SHORT_TRAINING, **(training or {})})
+    model, config = recipes.build(cells, design, method=method, recipe="screen", **options)
+    return model, replace(config, **{"batch_size": _BATCH, **(training or {})})
 
 
 def nulls() -> tuple[str, ...]:

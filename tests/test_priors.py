@@ -143,6 +143,32 @@ def test_saturated_gates_keep_finite_penalties_and_gradients(weight, alpha):
     assert gate.logit.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [
+        L1Gate(1, 1, strength=12.0),
+        *(BetaGate(1, 1, alpha=20.0, weight=w) for w in ("tied", "profile", "collapsed")),
+    ],
+    ids=["l1", "tied", "profile", "collapsed"],
+)
+def test_what_a_gate_asks_parts_the_evidence_that_opens_it_from_that_which_does_not(gate):
+    """The best pi of ``pi * evidence - penalty(pi)`` on a grid crosses one half there."""
+    pi = torch.linspace(1e-6, 1 - 1e-6, 4001, dtype=torch.float64)
+    gate.double()
+    charges = []
+    for logit in torch.logit(pi):
+        gate.logit.data.fill_(logit)
+        charges.append(float(gate.penalty().detach()))
+    for factor, is_open in ((0.95, False), (1.05, True)):
+        gain = factor * gate.asked() * pi.numpy() - np.array(charges)
+        assert (pi[int(gain.argmax())] > 0.5) == is_open
+
+
+def test_open_gates_ask_for_nothing():
+    assert OpenGate(1, 1).asked() == LogitGate(1, 1).asked() == 0.0
+    assert BetaGate(1, 1, alpha=1.0).asked() == 0.0
+
+
 def test_the_penalty_is_summed_over_the_screen():
     one, many = (BetaGate(n, 3, alpha=20.0).penalty() for n in (1, 7))
     torch.testing.assert_close(many, 7 * one)

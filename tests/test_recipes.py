@@ -237,7 +237,7 @@ def test_corrected_ivae_has_every_gate_open():
 # ---------------------------------------------------------------- ours
 
 
-def test_the_encoder_sees_standardised_counts_in_our_recipe_only():
+def test_the_encoder_sees_standardised_counts_in_our_recipes_only():
     counts = torch.poisson(torch.full((250, N_GENES), 5.0), torch.Generator().manual_seed(0))
     cells = Cells(counts, make_cells().condition)
     models = {r: recipes.build(cells, DESIGN, recipe=r)[0] for r in recipes.RECIPES}
@@ -248,11 +248,12 @@ def test_the_encoder_sees_standardised_counts_in_our_recipe_only():
         assert torch.equal(models[recipe].spread, torch.ones(N_GENES))
 
 
-def test_steps_of_inference_are_taken_in_our_recipe_only():
+def test_steps_of_inference_are_taken_in_our_recipes_only():
     assert {name: build("vae", name)[0].newton for name in recipes.RECIPES} == {
         "paper": False,
         "corrected": False,
         "smslib": True,
+        "screen": True,
     }
 
 
@@ -267,6 +268,20 @@ def test_our_training_takes_as_many_steps_whatever_the_screen(n_each, batch_size
     per_epoch = max(1.0, n_cells / batch_size)
     assert steps <= config.epochs * per_epoch < steps + per_epoch
     assert 0 <= config.warmup_epochs - 0.3 * config.epochs < 1
+
+
+@pytest.mark.parametrize(("n_each", "epochs"), [(2, 1680), (200, 216), (4000, 24), (20_000, 24)])
+def test_a_real_screen_is_trained_for_steps_enough_and_for_epochs_enough(n_each, epochs):
+    """Cells are 5 n_each: 10 in one batch; 1,000 in 7.8; 20,000 in 70; 100,000 in 195."""
+    options = {"method": "vae", "n_latent": N_LATENT, "recipe": "screen"}
+    assert recipes.build(make_cells(n_each), DESIGN, **options)[1].epochs == epochs
+
+
+@pytest.mark.parametrize(("method", "nats"), [("svae+", 6.0), ("svae", 6.0), ("ivae", 0.0)])
+def test_on_a_real_screen_alpha_is_the_number_of_targets(method, nats):
+    model, _ = build(method, "screen")
+    assert len(model.prior.design.targets) == 4
+    assert model.prior.gate.asked() == nats  # 2 (alpha - 1)
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 1), (10, 3), (7, 3), (100, 30)])
