@@ -28,6 +28,7 @@ __all__ = [
     "first_of_each",
     "from_anndata",
     "minibatches",
+    "on_design",
     "seeded",
     "single",
     "split_cells",
@@ -260,15 +261,50 @@ def checked(
     KeyError, ValueError
         As in `from_anndata`.
     """
-    labels = _labels(adata, perturbation_key, control)
-    _refuse_repeats("adata.obs_names", adata.obs_names)
-    _refuse_repeats("adata.var_names", adata.var_names)
-    counts = _counts(adata, layer)
-    _check_counts(counts, adata, layer)
+    labels = _labels(adata, perturbation_key)
+    if control not in labels:
+        raise ValueError(
+            f"control {control!r} is not among the conditions of adata.obs[{perturbation_key!r}]"
+            f"{nearest_known(control, np.unique(labels))}"
+        )
+    counts = _checked_counts(adata, layer)
     design = _design(labels, control, sep)
     row = {name: index for index, name in enumerate(design.conditions)}
     condition = np.fromiter((row[name] for name in labels), dtype=np.int64, count=len(labels))
     return counts, torch.from_numpy(condition), design
+
+
+def on_design(
+    adata: anndata.AnnData, design: Design, *, perturbation_key: str, layer: str | None = None
+) -> Cells:
+    """Read cells whose conditions are rows of a design that exists; controls may be absent.
+
+    Parameters
+    ----------
+    adata : AnnData, (n_cells, n_genes)
+    design : Design
+    perturbation_key : str
+    layer : str, optional
+        As in `from_anndata`.
+
+    Returns
+    -------
+    Cells
+        In the order of ``adata``.
+
+    Raises
+    ------
+    KeyError
+        If conditions are not in the design; all are listed, with the nearest that are. Also if
+        ``perturbation_key`` or ``layer`` does not exist.
+    ValueError
+        If labels or counts are refused by `from_anndata`.
+    """
+    labels = _labels(adata, perturbation_key)
+    names, places = np.unique(labels, return_inverse=True)
+    condition = design.index(names.tolist())[torch.from_numpy(places)]
+    counts = _checked_counts(adata, layer)
+    return Cells(torch.from_numpy(_dense(counts)), condition)
 
 
 def minibatches(
@@ -441,7 +477,7 @@ def _refuse_repeats(what: str, names: Iterable[str]) -> None:
         )
 
 
-def _labels(adata: anndata.AnnData, key: str, control: str) -> np.ndarray:
+def _labels(adata: anndata.AnnData, key: str) -> np.ndarray:
     """Return each cell's condition name, checked."""
     if key not in adata.obs:
         raise KeyError(
@@ -463,13 +499,18 @@ def _labels(adata: anndata.AnnData, key: str, control: str) -> np.ndarray:
                 f"conditions without cells: {empty[:5]}; call "
                 f"adata.obs[{key!r}].cat.remove_unused_categories()"
             )
-    labels = column.astype(str).to_numpy()
-    if control not in labels:
-        raise ValueError(
-            f"control {control!r} is not among the conditions of adata.obs[{key!r}]"
-            f"{nearest_known(control, np.unique(labels))}"
-        )
-    return labels
+    return column.astype(str).to_numpy()
+
+
+def _checked_counts(
+    adata: anndata.AnnData, layer: str | None
+) -> np.ndarray | scipy.sparse.csr_matrix:
+    """Return the counts of cells and genes whose names are their own."""
+    _refuse_repeats("adata.obs_names", adata.obs_names)
+    _refuse_repeats("adata.var_names", adata.var_names)
+    counts = _counts(adata, layer)
+    _check_counts(counts, adata, layer)
+    return counts
 
 
 def _counts(adata: anndata.AnnData, layer: str | None) -> np.ndarray | scipy.sparse.csr_matrix:

@@ -18,6 +18,7 @@ from smslib.data import (
     Design,
     from_anndata,
     minibatches,
+    on_design,
     seeded,
     single,
     split_cells,
@@ -98,6 +99,20 @@ def test_every_storage_gives_the_same_cells(counts):
     for cells, design in loaded:
         np.testing.assert_array_equal(cells.counts.numpy(), counts)
         assert [design.conditions[row] for row in cells.condition] == labels
+
+
+def test_cells_without_controls_are_read_onto_a_design_that_exists():
+    _, design = load(screen())
+    some = on_design(screen()[[2, 1]], design, perturbation_key="target")
+    assert some.counts.tolist() == COUNTS[[2, 1]].tolist()
+    assert some.condition.tolist() == [2, 1]
+
+
+def test_a_condition_that_the_design_lacks_is_named_with_the_nearest_that_it_has():
+    _, design = load(screen())
+    other = screen(labels=("ctrl", "KFL1", "KLF1", "ctrl"))
+    with pytest.raises(KeyError, match=r"'KFL1'.*'KLF1'"):
+        on_design(other, design, perturbation_key="target")
 
 
 def test_the_input_is_left_alone_and_not_shared():
