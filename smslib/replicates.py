@@ -52,9 +52,10 @@ def fit_replicates(
     Raises
     ------
     ValueError
-        If there is not one configuration per model, models or configurations differ in more than
-        that, they ask for what cannot be stacked (normalisation, dropout, sampled gates,
-        Gauss-Newton steps, Muon, more than one draw, clipped gradients), or as in `fit`.
+        If there is not one configuration per model, models (doses and fixed gates included) or
+        configurations differ in more than that, they ask for what cannot be stacked
+        (normalisation, dropout, sampled gates, Gauss-Newton steps, Muon, more than one draw,
+        clipped gradients), or as in `fit`.
     FloatingPointError
         As in `fit`.
     """
@@ -256,6 +257,12 @@ def _check(models: Sequence[SMSVAE], configs: Sequence[TrainConfig]) -> None:
     model, config = models[0], configs[0]
     if any(other.settings() != model.settings() for other in models):
         raise ValueError("the models differ in more than their weights; fit them one by one")
+    for name, part in model.prior.named_buffers():
+        if not all(torch.equal(other.prior.get_buffer(name), part) for other in models[1:]):
+            raise ValueError(
+                f"the models differ in their prior's {name}; expected the same doses and fixed "
+                "gates in all of them; fit them one by one"
+            )
     if any(replace(other, seed=config.seed, beta=config.beta) != config for other in configs):
         raise ValueError(
             "the configurations differ in more than seed and beta; fit the models one by one"

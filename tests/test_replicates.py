@@ -9,6 +9,7 @@ from smslib.data import Cells, Design
 from smslib.model import SMSVAE
 from smslib.replicates import fit_replicates
 from smslib.train import TrainConfig, fit
+from smslib.transfer import binarise
 
 N_GENES = 7
 DESIGN = Design.single_target(["a", "b", "c"])
@@ -152,5 +153,12 @@ def test_models_and_configurations_have_to_be_of_one_kind():
         fit_replicates([*models[:2], make_models("ivae")[0]], CELLS, configs())
     with pytest.raises(ValueError, match="differ in more than seed and beta"):
         fit_replicates(models, CELLS, [*configs()[:2], replace(CONFIG, epochs=9)])
+    double = replace(DESIGN, matrix=2 * DESIGN.matrix)
+    dosed = SMSVAE.preset("svae+", double, N_GENES, n_latent=2, n_hidden=8).double()
+    with pytest.raises(ValueError, match="differ in their prior's dose; expected the same doses"):
+        fit_replicates([*models[:2], dosed], CELLS, configs())
+    fixed = [binarise(m, threshold=t) for m, t in zip(models, (0.0, 0.0, 1.0), strict=True)]
+    with pytest.raises(ValueError, match=r"differ in their prior's gate\.probability"):
+        fit_replicates(fixed, CELLS, configs())
     with pytest.raises(ValueError, match="cells have 6 genes, the model 7"):
         fit_replicates(models, Cells(CELLS.counts[:, 1:], CELLS.condition), configs())
