@@ -33,6 +33,14 @@ _CHOICES = {
     "loss_scale": ("cell", "screen"),
     "keep": ("best", "last"),
 }
+_LEAST = {
+    "epochs": 1,
+    "batch_size": 1,
+    "beta": 0,
+    "warmup_epochs": 0,
+    "n_draws": 1,
+    "patience": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class TrainConfig:
     Raises
     ------
     ValueError
-        If a choice is none of those listed, a share is none, or there are no draws.
+        If a choice is none of those listed, a share is none, or there are no epochs, cells in a
+        batch, draws, or epochs of patience; if ``beta`` or ``warmup_epochs`` is negative.
     """
 
     epochs: int = 300
@@ -122,13 +131,19 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; expected a share of the epochs, 0 to 1"
                 )
-        if self.n_draws < 1:
-            raise ValueError(f"n_draws is {self.n_draws}; expected at least one draw per cell")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
 
 
 @dataclass
 class History:
-    """What happened, epoch by epoch; ELBO and its terms in nats per cell, higher is better."""
+    """What happened, epoch by epoch; ELBO and its terms in nats per cell, higher is better.
+
+    The ``elbo`` of the training cells has the screen's penalty subtracted, shared out among them;
+    ``validation_elbo`` has not, so that the two are not for comparison where there is a penalty.
+    """
 
     rows: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
@@ -142,16 +157,28 @@ class History:
         self.rows = state["rows"]
 
     def frame(self) -> pd.DataFrame:
-        """Return one row per epoch."""
+        """Return one row per epoch; none where nothing was fitted yet."""
         import pandas as pd
 
+        if not self.rows:
+            return pd.DataFrame(index=pd.RangeIndex(0, name="epoch"))
         return pd.DataFrame(self.rows).set_index("epoch")
 
 
 def objective(
     terms: Terms, *, n_cells: int, kl_weight: float = 1.0, penalty_weight: float = 1.0
 ) -> Float[Tensor, ""]:
-    """Return the negative ELBO per cell, nats: the screen's penalty is shared by ``n_cells``."""
+    """Return the negative ELBO per cell, nats: the screen's penalty is shared by ``n_cells``.
+
+    Parameters
+    ----------
+    terms : Terms
+        Of a batch.
+    n_cells : int
+        In the screen.
+    kl_weight, penalty_weight : float
+        Below one during warm-up.
+    """
     per_cell = (kl_weight * terms.kl - terms.reconstruction).mean()
     return per_cell + penalty_weight * terms.penalty / n_cells
 

@@ -149,6 +149,12 @@ def test_history_has_a_row_per_epoch_and_adds_up():
         assert (frame[part + "elbo"] - (terms - penalty)).abs().max() < 1e-9
 
 
+def test_a_history_without_epochs_is_an_empty_frame():
+    frame = train.History().frame()
+    assert frame.empty
+    assert frame.index.name == "epoch"
+
+
 def test_history_of_nothing_but_training():
     _, history = trained()
     assert list(history.frame()) == ["reconstruction", "kl", "penalty", "elbo", "seconds"]
@@ -516,7 +522,14 @@ def test_no_bar_where_nobody_watches(capfd):
         ({"encoder_share": 1.5}, "encoder_share is 1.5; expected a share of the epochs, 0 to 1"),
         ({"encoder_share": -0.1}, "encoder_share is -0.1; expected a share"),
         ({"weighted_share": 2.0}, "weighted_share is 2.0; expected a share of the epochs"),
-        ({"n_draws": 0}, "n_draws is 0; expected at least one draw per cell"),
+        ({"n_draws": 0}, "n_draws is 0; expected at least 1"),
+        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"epochs": -3}, "epochs is -3; expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"warmup_epochs": -1}, "warmup_epochs is -1; expected at least 0"),
+        ({"beta": -1.0}, r"beta is -1\.0; expected at least 0"),
+        ({"beta": math.nan}, "beta is nan; expected at least 0"),
+        ({"patience": 0}, "patience is 0; expected at least 1"),
     ],
     ids=str,
 )
