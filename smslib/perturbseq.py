@@ -403,7 +403,8 @@ def assign_guides(
     Parameters
     ----------
     adata : AnnData
-        With ``obsm["guides"]`` (cells x guides, UMIs) and ``uns["guide_target"]``.
+        With ``obsm["guides"]`` (cells x guides, UMIs, sparse or dense) and
+        ``uns["guide_target"]``.
     threshold : float
         Smallest share of the cell's guide UMIs that its top guide must hold, in (0, 1].
     min_umis : int
@@ -424,6 +425,8 @@ def assign_guides(
     ValueError
         If the threshold is not in (0, 1].
     """
+    from scipy import sparse
+
     if "guides" not in adata.obsm or "guide_target" not in adata.uns:
         raise KeyError(
             "adata has no obsm['guides'] or no uns['guide_target']; expected guide UMIs "
@@ -432,7 +435,8 @@ def assign_guides(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a share in (0, 1]")
     labelled = adata.copy()
-    labelled.obs = labelled.obs.assign(**_top_guides(adata))
+    labelled.obsm["guides"] = sparse.csr_matrix(adata.obsm["guides"])
+    labelled.obs = labelled.obs.assign(**_top_guides(labelled))
     fewest = max(min_umis, 1)
     rules = (
         (f"at least {fewest} guide UMIs", lambda a: a[a.obs["guide_umis"] >= fewest]),
@@ -449,7 +453,7 @@ def _top_guides(adata: AnnData) -> dict[str, np.ndarray | pd.Categorical]:
     """Return each cell's top guide, its target, its guide UMIs and the top guide's share."""
     import pandas as pd
 
-    counts, table = adata.obsm["guides"].tocsr(), adata.uns["guide_target"]
+    counts, table = adata.obsm["guides"], adata.uns["guide_target"]
     top = np.asarray(counts.argmax(axis=1)).ravel()
     umis = np.asarray(counts.sum(axis=1)).ravel()
     most = counts.max(axis=1).toarray().ravel()
@@ -461,9 +465,8 @@ def _top_guides(adata: AnnData) -> dict[str, np.ndarray | pd.Categorical]:
     }
 
 
-def _unique_top(guides: sparse.csr_matrix) -> Bool[np.ndarray, " cell"]:
+def _unique_top(counts: sparse.csr_matrix) -> Bool[np.ndarray, " cell"]:
     """Say in which cells exactly one guide has the most UMIs."""
-    counts = guides.tocsr()
     most = counts.max(axis=1).toarray().ravel()
     cell = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     return np.bincount(cell[counts.data == most[cell]], minlength=counts.shape[0]) <= 1
@@ -549,10 +552,11 @@ def summarise(adata: AnnData, *, key: str = "target", control: str = CONTROL) ->
     -------
     DataFrame
         The control first, then targets from most cells to fewest. ``cells``; ``median_umis``;
-        ``guides``, how many distinct guides they carry, and ``median_guide_share`` (both NaN
-        without guide calls); ``own_gene_ratio``, the target gene's share of all UMIs in its own
-        cells over its share in the controls (1 = no effect on its RNA, below 1 = knocked down;
-        NaN where the gene is not measured). A knock-out need not lower the RNA.
+        ``guides``, how many distinct guides they carry (NaN without ``obs["guide"]``);
+        ``median_guide_share`` (NaN without ``obs["guide_share"]``); ``own_gene_ratio``, the target
+        gene's share of all UMIs in its own cells over its share in the controls (1 = no effect on
+        its RNA, below 1 = knocked down; NaN where the gene is not measured). A knock-out need not
+        lower the RNA.
 
     Raises
     ------
@@ -566,12 +570,13 @@ def summarise(adata: AnnData, *, key: str = "target", control: str = CONTROL) ->
     _check_labels(adata, key, control)
     obs = adata.obs.assign(_umis=_library(adata), **{key: adata.obs[key].astype(str)})
     groups = obs.groupby(key)
+    share = groups["guide_share"] if "guide_share" in obs else None
     frame = pd.DataFrame(
         {
             "cells": groups.size(),
             "median_umis": groups["_umis"].median(),
             "guides": groups["guide"].nunique() if "guide" in obs else np.nan,
-            "median_guide_share": groups["guide_share"].median() if "guide" in obs else np.nan,
+            "median_guide_share": share.median() if share is not None else np.nan,
             "own_gene_ratio": _own_gene_ratio(adata, obs[key], control),
         }
     ).sort_values(["cells"], ascending=False, kind="stable")

@@ -736,7 +736,7 @@ def quality(
     Parameters
     ----------
     adata : AnnData, (n_cells, n_genes)
-        Raw UMIs.
+        Raw UMIs, sparse or dense.
     key : str
         Column of ``obs`` with the target or condition of each cell.
     control : str
@@ -765,13 +765,14 @@ def quality(
         If the control is absent.
     """
     from anndata import AnnData
+    from scipy import sparse
 
     labels = _checked_labels(adata, key, control)
     # Genes are looked up one by one, which takes CSC.
-    light = AnnData(X=adata.X.tocsc(), obs=adata.obs, var=adata.var[[]])
+    light = AnnData(X=sparse.csc_matrix(adata.X), obs=adata.obs, var=adata.var[[]])
     frame = summarise(light, key=key, control=control)
     groups = adata.obs.assign(
-        median_genes=np.diff(adata.X.tocsr().indptr),
+        median_genes=np.asarray((light.X > 0).sum(axis=1)).ravel(),
         mitochondrial=_mitochondrial(light),
         ambiguous=_ambiguous(adata),
     ).groupby(labels)
@@ -797,11 +798,13 @@ def _mitochondrial(adata: AnnData) -> np.ndarray | float:
 
 def _ambiguous(adata: AnnData, threshold: float = 0.8) -> np.ndarray | float:
     """Say in which cells no guide holds ``threshold`` of the guide UMIs."""
+    from scipy import sparse
+
     if "guide_share" in adata.obs:
         return (adata.obs["guide_share"] < threshold).to_numpy(dtype=float)
     if "guides" not in adata.obsm:
         return np.nan
-    guides = adata.obsm["guides"]
+    guides = sparse.csr_matrix(adata.obsm["guides"])
     most, total = guides.max(axis=1).toarray().ravel(), np.asarray(guides.sum(axis=1)).ravel()
     return (most < threshold * np.maximum(total, 1)).astype(float)
 

@@ -370,6 +370,11 @@ def test_guides_are_assigned_and_the_ledger_adds_up():
     assert kept.obs["guide"].tolist() == ["NTg1", "Ag1", "Ag1"]
     assert kept.obs["guide_umis"].tolist() == [10, 10, 4]
     assert kept.obs["guide_share"].tolist() == [0.9, 0.8, 1.0]
+    for kind in (np.array, pd.DataFrame):
+        adata.obsm["guides"] = kind(pd.DataFrame(CALLS, index=adata.obs_names))
+        again, same = perturbseq.assign_guides(adata, threshold=0.8, min_umis=4)
+        pd.testing.assert_frame_equal(again.obs, kept.obs)
+        pd.testing.assert_frame_equal(same, ledger)
     assert ledger["cells_before"].tolist() == [7, 5, 3]
     assert ledger["cells_after"].tolist() == [5, 3, 3]
     assert ledger["targets_dropped"].tolist() == ["B", "", ""]
@@ -468,6 +473,15 @@ def test_the_summary_is_what_one_computes_by_hand():
     np.testing.assert_allclose(table["own_gene_ratio"], [np.nan, (2 / 20) / (6 / 16), np.nan])
     bare = perturbseq.summarise(labelled(genes, ["c", "c", "A", "A", "B"]), control="c")
     assert bare[["guides", "median_guide_share"]].isna().all(axis=None)
+
+
+def test_guides_called_without_their_umis_have_no_share():
+    """As the labels of papalexi2021-full, which name a guide and count none."""
+    adata = labelled([[4, 4], [2, 6], [1, 9]], ["non-targeting", "A", "A"])
+    adata.obs["guide"] = ["NTg1", "Ag1", "Ag2"]
+    table = perturbseq.summarise(adata)
+    assert table["guides"].tolist() == [1, 2]
+    assert table["median_guide_share"].isna().all()
 
 
 def test_a_gene_that_controls_lack_has_no_ratio():

@@ -528,6 +528,25 @@ def test_quality_holds_the_summary_and_more():
     assert table["ambiguous"].isna().all()
 
 
+def test_quality_of_a_dense_screen_is_that_of_a_sparse_one():
+    screen, dense = labelled_screen(), labelled_screen()
+    guides = np.tile([8, 3], (12, 1))
+    screen.obsm["guides"], dense.obsm["guides"] = sparse.csr_matrix(guides), guides
+    dense.X = dense.X.toarray()
+    table = prepare.quality(dense)
+    pd.testing.assert_frame_equal(table, prepare.quality(screen))
+    assert table["ambiguous"].tolist() == [1, 1, 1]
+    assert isinstance(dense.X, np.ndarray)
+
+
+def test_quality_of_guides_called_without_their_umis():
+    screen = labelled_screen()
+    screen.obs["guide"] = "g"
+    table = prepare.quality(screen)
+    assert table["guides"].tolist() == [1, 1, 1]
+    assert table[["median_guide_share", "ambiguous"]].isna().all(axis=None)
+
+
 def test_the_interval_of_the_knock_down_is_the_delta_methods():
     table = prepare.quality(labelled_screen())
     own, own_total = np.array([1, 0, 1, 2]), np.array([12, 11, 12, 13])
