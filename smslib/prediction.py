@@ -52,7 +52,6 @@ __all__ = [
     "training_mean",
 ]
 
-_SEPARATOR = "+"  # of the targets of a combination
 _N_TOP = 20  # genes with the largest observed effect
 _N_COMPONENTS = 10  # of the gene embedding
 _PENALTY = 0.1  # of the ridge
@@ -86,6 +85,7 @@ def predict(
     conditions: Sequence[str],
     *,
     design: Design | None = None,
+    sep: str = "+",
     library: float = 1e4,
     n_draws: int = 1000,
     seed: int = 0,
@@ -104,6 +104,8 @@ def predict(
         control is one, too.
     design : Design, optional
         Further conditions, by their doses of the model's targets.
+    sep : str
+        Separates the targets of a sum; that of `smslib.data.from_anndata`.
     library : float
         UMIs of the cell; the result is in proportion to it.
     n_draws : int
@@ -124,7 +126,7 @@ def predict(
     ValueError
         If there are fewer than two draws, the library is not positive, or no condition is given.
     """
-    shift = _shifts(model, _doses(model, conditions, design))
+    shift = _shifts(model, _doses(model, conditions, design, sep))
     draws = _Draws(model, library, n_draws, seed)
     return np.stack([draws.at(row).mean(0) for row in shift])
 
@@ -134,6 +136,7 @@ def predicted_effects(
     conditions: Sequence[str],
     *,
     design: Design | None = None,
+    sep: str = "+",
     library: float = 1e4,
     n_draws: int = 1000,
     seed: int = 0,
@@ -145,7 +148,7 @@ def predicted_effects(
 
     Parameters
     ----------
-    model, conditions, design, library, n_draws, seed
+    model, conditions, design, sep, library, n_draws, seed
         As in `predict`. The effects depend on the library, unless it is much above the number of
         genes: use the one that the observed effects were normalised to.
 
@@ -158,7 +161,7 @@ def predicted_effects(
     KeyError, ValueError
         As in `predict`.
     """
-    shift = _shifts(model, _doses(model, conditions, design))
+    shift = _shifts(model, _doses(model, conditions, design, sep))
     draws = _Draws(model, library, n_draws, seed)
     base, base_part = _log_mean(draws.at(torch.zeros_like(shift[0])))
     value, error = [], []
@@ -197,7 +200,7 @@ def _shifts(
 
 
 def _doses(
-    model: SMSVAE, conditions: Sequence[str], design: Design | None
+    model: SMSVAE, conditions: Sequence[str], design: Design | None, sep: str
 ) -> Float[Tensor, "condition target"]:
     """Return the dose of each of the model's targets, condition by condition."""
     if not conditions:
@@ -205,18 +208,20 @@ def _doses(
     known = model.prior.design
     matrix = torch.zeros(len(conditions), known.n_targets)
     for row, condition in enumerate(conditions):
-        for target, dose in _targets_of(condition, known, design).items():
+        for target, dose in _targets_of(condition, known, design, sep).items():
             matrix[row, _place(target, condition, known)] = dose
     return matrix
 
 
-def _targets_of(condition: str, known: Design, design: Design | None) -> dict[str, float]:
+def _targets_of(
+    condition: str, known: Design, design: Design | None, sep: str
+) -> dict[str, float]:
     """Return what a condition perturbs: as a design says, else as its name does."""
     for given in (design, known):
         if given is not None and condition in given.conditions:
             dose = given.matrix[given.conditions.index(condition)].tolist()
             return {name: d for name, d in zip(given.targets, dose, strict=True) if d}
-    return {part: 1.0 for part in condition.split(_SEPARATOR) if part != known.conditions[0]}
+    return {part: 1.0 for part in condition.split(sep) if part != known.conditions[0]}
 
 
 def _place(target: str, condition: str, known: Design) -> int:

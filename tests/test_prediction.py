@@ -113,6 +113,16 @@ def test_an_unseen_combination_has_the_sum_of_the_shifts():
     np.testing.assert_allclose(predict(model, ["b+control+a"], n_draws=30), expected, rtol=1e-5)
 
 
+def test_the_targets_of_a_sum_are_separated_as_in_the_labels():
+    model = make_model(Design.single_target(["HLA+A", "b"]))
+    expected = predict(make_model(Design.single_target(["a", "b"])), ["a+b"], n_draws=30)
+    np.testing.assert_array_equal(predict(model, ["HLA+A_b"], sep="_", n_draws=30), expected)
+    value = predicted_effects(model, ["HLA+A_b"], sep="_", n_draws=30).value
+    assert value.any()
+    with pytest.raises(KeyError, match="'HLA\\+A_b' perturbs 'HLA'"):
+        predict(model, ["HLA+A_b"], n_draws=30)
+
+
 def test_a_combination_with_a_label_of_its_own_has_its_own_shift():
     own = Design.single_target(["a", "b", "a+b"])
     model = make_model(own)
