@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from smslib.names import nearest_known, unknown_names
@@ -27,11 +27,13 @@ __all__ = [
     "Design",
     "first_of_each",
     "from_anndata",
+    "labels",
     "minibatches",
     "on_design",
     "seeded",
     "single",
     "split_cells",
+    "split_rows",
     "streams",
     "why_not_counts",
 ]
@@ -261,16 +263,16 @@ def checked(
     KeyError, ValueError
         As in `from_anndata`.
     """
-    labels = _labels(adata, perturbation_key)
-    if control not in labels:
+    names = labels(adata, perturbation_key)
+    if control not in names:
         raise ValueError(
             f"control {control!r} is not among the conditions of adata.obs[{perturbation_key!r}]"
-            f"{nearest_known(control, np.unique(labels))}"
+            f"{nearest_known(control, np.unique(names))}"
         )
     counts = _checked_counts(adata, layer)
-    design = _design(labels, control, sep)
+    design = _design(names, control, sep)
     row = {name: index for index, name in enumerate(design.conditions)}
-    condition = np.fromiter((row[name] for name in labels), dtype=np.int64, count=len(labels))
+    condition = np.fromiter((row[name] for name in names), dtype=np.int64, count=len(names))
     return counts, torch.from_numpy(condition), design
 
 
@@ -300,8 +302,7 @@ def on_design(
     ValueError
         If labels or counts are refused by `from_anndata`.
     """
-    labels = _labels(adata, perturbation_key)
-    names, places = np.unique(labels, return_inverse=True)
+    names, places = np.unique(labels(adata, perturbation_key), return_inverse=True)
     condition = design.index(names.tolist())[torch.from_numpy(places)]
     counts = _checked_counts(adata, layer)
     return Cells(torch.from_numpy(_dense(counts)), condition)
@@ -365,23 +366,40 @@ def split_cells(cells: Cells, fractions: Sequence[float], *, seed: int) -> tuple
     ValueError
         If the fractions are not positive or do not sum to one.
     """
+    parts = split_rows(cells.condition, fractions, seed=seed)
+    return tuple(cells[rows.to(cells.device)] for rows in parts)
+
+
+def split_rows(
+    condition: Int[Tensor, " cell"], fractions: Sequence[float], *, seed: int
+) -> tuple[Int[Tensor, " chosen"], ...]:
+    """Return the positions that `split_cells` gives to each part.
+
+    Parameters
+    ----------
+    condition : Tensor, (n_cells,)
+    fractions : sequence of float
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        As in `split_cells`.
+    """
     shares = np.asarray(fractions, dtype=float)
     if (shares <= 0).any() or not np.isclose(shares.sum(), 1.0):
         raise ValueError(
             f"fractions are {list(fractions)}; expected positive shares that sum to 1"
         )
     rng = np.random.default_rng(seed)
-    condition = cells.condition.cpu().numpy()
-    part = np.empty(len(cells), dtype=np.int64)
-    for value in np.unique(condition):
-        members = rng.permutation(np.flatnonzero(condition == value))
+    names = condition.cpu().numpy()
+    part = np.empty(len(names), dtype=np.int64)
+    for value in np.unique(names):
+        members = rng.permutation(np.flatnonzero(names == value))
         cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)
         for index, piece in enumerate(np.split(members, cuts)):
             part[piece] = index
-    return tuple(
-        cells[torch.from_numpy(np.flatnonzero(part == index)).to(cells.device)]
-        for index in range(len(shares))
-    )
+    return tuple(torch.from_numpy(np.flatnonzero(part == index)) for index in range(len(shares)))
 
 
 @contextlib.contextmanager
@@ -477,8 +495,22 @@ def _refuse_repeats(what: str, names: Iterable[str]) -> None:
         )
 
 
-def _labels(adata: anndata.AnnData, key: str) -> np.ndarray:
-    """Return each cell's condition name, checked."""
+def labels(adata: anndata.AnnData, key: str) -> Shaped[np.ndarray, " cell"]:
+    """Return each cell's condition name, checked.
+
+    Parameters
+    ----------
+    adata : AnnData
+    key : str
+        Column of ``obs``.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column; the nearest names are listed.
+    ValueError
+        If it is there twice, labels are missing, or a category has no cells.
+    """
     if key not in adata.obs:
         raise KeyError(
             f"perturbation_key {key!r} is not in adata.obs{nearest_known(key, adata.obs)}"

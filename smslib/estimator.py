@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import os
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from smslib import recipes
-from smslib.data import from_anndata, split_cells
+from smslib import files, metrics, recipes, transfer
+from smslib.data import Cells, Design, checked, from_anndata, labels, on_design, split_rows
 from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
+from smslib.names import unknown_names
 from smslib.train import History, TrainConfig, fit
 
 if TYPE_CHECKING:
     import anndata
     import pandas as pd
 
-__all__ = ["SMS"]
+__all__ = ["SMS", "stability"]
 
 _SETUP = "_smslib"  # where setup_anndata leaves its note, in adata.uns
+_FRONT = "front.json"  # what SMS.save adds to the two files of SMSVAE.save
+# What that remembers of a front, under these names without the underscore.
+_REMEMBERED = ("_genes", "_setup", "_seed", "_trained_on", "_seen", "_asked")
+_STILL_OPEN = 0.9  # gates start at .993
+_N_LISTED = 5
 
 
 class SMS:
@@ -33,10 +46,12 @@ class SMS:
         Prepared by `setup_anndata`.
     method : {"svae+", "svae", "ivae", "vae", "beta-vae", "cpa-vae", "sams-vae"}
     n_latent : int
-    recipe : {"smslib", "corrected", "paper"}
-        A key of `smslib.recipes.RECIPES`.
+    recipe : {"screen", "smslib", "corrected", "paper"} or Recipe
+        How it is built and trained, `smslib.recipes.RECIPES`: for real screens, for the
+        simulations, and as released with and without its slips mended.
     sparsity : float, optional
-        As in `smslib.recipes.build`.
+        As in `smslib.recipes.build`; of sVAE+ by the recipe "screen" it is alpha, the number of
+        targets by default. `get_thresholds` says what it means for each target.
     seed : int
         Of the split, the initial weights, the batches and the draws.
     device : str
@@ -49,10 +64,16 @@ class SMS:
 
     Notes
     -----
-    Where the recipe has Gauss-Newton inference (``"smslib"``), q is ``q(z | x, c)``: steps move
-    the encoder's mean towards the mode of ``p(z | x, c)``, whose prior is that of the cell's
-    condition. Latents, ELBO and IWELBO of a cell then depend on its label, and a label that is
-    wrong pulls the cell's latents towards the wrong shift. In other recipes q is ``q(z | x)``.
+    Where the recipe has Gauss-Newton inference (``"screen"``, ``"smslib"``), q is ``q(z | x, c)``:
+    steps move the encoder's mean towards the mode of ``p(z | x, c)``, whose prior is that of the
+    cell's condition. Latents, ELBO and IWELBO of a cell then depend on its label, and a label
+    that is wrong pulls the cell's latents towards the wrong shift. In other recipes q is
+    ``q(z | x)``.
+
+    There are no covariates. Where batches differ and conditions are unevenly spread over them, fit
+    one batch at a time, or compare the shifts of two (`smslib.screens.replicate_correlation`).
+
+    The counts are held densely, 4 bytes for each cell and gene, and twice while training.
 
     Examples
     --------
@@ -70,26 +91,34 @@ class SMS:
         *,
         method: str = "svae+",
         n_latent: int = 15,
-        recipe: str = "smslib",
+        recipe: str | recipes.Recipe = "screen",
         sparsity: float | None = None,
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
-        self.adata = adata
-        self.seed = seed
+        setup = _setup_of(adata)
+        if setup is None:
+            raise ValueError(
+                "adata is not set up; call SMS.setup_anndata(adata, perturbation_key=..., "
+                "control=...)"
+            )
+        cells, design = from_anndata(adata, **setup)
+        self._stand(adata, cells.to(device), setup, tuple(adata.var_names))
         self.history: History | None = None
-        self._cells, self._design = _read(adata)
-        self._cells = self._cells.to(device)
-        self._train, self._validation = split_cells(self._cells, (0.9, 0.1), seed=seed)
-        self._options = {
-            "method": method,
-            "recipe": recipe,
-            "n_latent": n_latent,
-            "sparsity": sparsity,
-            "seed": seed,
-        }
-        self.module, _ = self._build()
+        self._seed, self._trained_on = seed, _digest(adata)
+        train = self._cells[self._rows()[0]]
+        self._seen = _cells_per_target(train, design)
+        self.module, self._config = recipes.build(
+            train,
+            design,
+            method=method,
+            recipe=recipe,
+            n_latent=n_latent,
+            sparsity=sparsity,
+            seed=seed,
+        )
         self.module.to(device)
+        self._asked = self.module.prior.gate.asked()
 
     @staticmethod
     def setup_anndata(
@@ -108,10 +137,8 @@ class SMS:
             As in `smslib.data.from_anndata`, which also lists what is refused.
         """
         note = {"perturbation_key": perturbation_key, "control": control, "sep": sep}
-        if layer is not None:
-            note["layer"] = layer
-        from_anndata(adata, **note)
-        adata.uns[_SETUP] = note
+        checked(adata, **note, layer=layer)
+        adata.uns[_SETUP] = note if layer is None else {**note, "layer": layer}
 
     def train(
         self,
@@ -119,6 +146,7 @@ class SMS:
         epochs: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
+        **training: object,
     ) -> History:
         """Fit the model and return the history.
 
@@ -128,41 +156,98 @@ class SMS:
         Parameters
         ----------
         epochs : int, optional
-            Instead of the recipe's number; a warm-up that is a share of the epochs follows.
+            Instead of the recipe's number; the warm-up keeps its share of them.
         checkpoint : path, optional
             File from which an interrupted training, started again by the same lines, goes on; see
             `smslib.train.fit`.
         progress : bool
             Show a bar when the session is interactive.
+        **training
+            Other fields of `smslib.train.TrainConfig`, such as ``learning_rate`` or
+            ``max_grad_norm``.
+
+        Raises
+        ------
+        ValueError
+            If the model stands in front of other cells than those it was made for.
+        FloatingPointError
+            At the first loss that is not finite.
         """
-        _, config = self._build(epochs=epochs)
-        options = {"validation": self._validation, "checkpoint": checkpoint}
-        self.history = fit(self.module, self._train, config, **options, progress=progress)
+        config = replace(_shortened(self._config, epochs), **training)
+        train, validation = (self._cells[rows] for rows in self._rows())
+        options = {"validation": validation, "checkpoint": checkpoint, "progress": progress}
+        self.history = fit(self.module, train, config, **options)
         return self.history
 
-    def get_latent_representation(self) -> Float[np.ndarray, "cell latent"]:
+    @property
+    def validation_indices(self) -> Int[np.ndarray, " cell"]:
+        """Positions of the cells that are not trained on: a tenth of every condition.
+
+        Raises
+        ------
+        ValueError
+            If the model stands in front of other cells than those it was made for.
+        """
+        return self._rows()[1].numpy()
+
+    def get_latent_representation(
+        self, adata: anndata.AnnData | None = None
+    ) -> Float[np.ndarray, "cell latent"]:
         """Return the posterior mean of every cell, prior standard deviations.
 
         With Gauss-Newton inference it takes the cell's condition into account (see the notes of
         the class). ``module.encode(counts)`` needs none, nor is it as close to the posterior.
+
+        Parameters
+        ----------
+        adata : AnnData, optional
+            Other cells of conditions and genes that the model knows.
         """
         self._require_fit()
-        return latents(self.module, self._cells)
+        return latents(self.module, self._read(adata))
 
-    def get_elbo(self) -> float:
-        """Return the mean ELBO of all cells, nats per cell; higher is better."""
-        self._require_fit()
-        return float(elbo(self.module, self._cells).mean())
+    def get_elbo(self, adata: anndata.AnnData | None = None) -> float:
+        """Return the mean ELBO, nats per cell; higher is better. Gates are integrated out.
 
-    def get_marginal_ll(self, *, n_draws: int = 1000) -> float:
-        """Return the mean IWELBO of all cells, nats per cell; higher is better."""
+        Parameters
+        ----------
+        adata : AnnData, optional
+            The cells; all of the model's by default, most of which it was trained on. To compare
+            models: ``model.get_elbo(model.adata[model.validation_indices])``.
+        """
         self._require_fit()
-        return float(iwelbo(self.module, self._cells, n_draws=n_draws).mean())
+        return float(elbo(self.module, self._read(adata)).mean())
+
+    def get_marginal_ll(
+        self, adata: anndata.AnnData | None = None, *, n_draws: int = 1000
+    ) -> float:
+        """Return the mean IWELBO, nats per cell; higher is better. Gates are open or shut.
+
+        Parameters
+        ----------
+        adata : AnnData, optional
+            As in `get_elbo`.
+        n_draws : int
+        """
+        self._require_fit()
+        return float(iwelbo(self.module, self._read(adata), n_draws=n_draws).mean())
 
     def get_graph(self) -> pd.DataFrame:
-        """Return the probability that a target (row) shifts a latent (column)."""
+        """Return the gates: one for each target (row) and latent (column), between 0 and 1.
+
+        A gate is the model's own probability that the target moves the latent. It is a cut at the
+        size of the shift (`get_thresholds`) rather than a measure of confidence; for that see
+        `stability`. Gates start open; it warns if none has begun to close.
+        """
         self._require_fit()
-        return self._by_target(self.module.prior.probabilities())
+        gates = self._by_target(self.module.prior.probabilities())
+        if self.module.prior.gate.asked() > 0 and gates.to_numpy().min(initial=1.0) > _STILL_OPEN:
+            warnings.warn(
+                "every gate is open, as before the training; train for more epochs, or give a "
+                "larger sparsity",
+                stacklevel=2,
+            )
+        return gates
 
     def get_shifts(self) -> pd.DataFrame:
         """Return the expected shift of each latent by each target, prior standard deviations."""
@@ -171,57 +256,262 @@ class SMS:
             shifts = self.module.prior.gate() * self.module.prior.slab()
         return self._by_target(shifts.cpu().numpy())
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the fitted model, without the data, into the folder ``path``."""
-        self._require_fit()
-        self.module.save(path)
+    def get_thresholds(self) -> pd.Series:
+        """Return the shift beyond which a gate stays open, prior standard deviations, per target.
 
-    @classmethod
-    def load(cls, path: str | os.PathLike, adata: anndata.AnnData, *, device: str = "cpu") -> SMS:
-        """Read a fitted model back and put it in front of ``adata``.
+        It is ``sqrt(2 L / n)`` for the ``n`` cells with the target that the model has learned
+        from, where the gate asks ``L`` nats of evidence: ``sqrt(4 (alpha - 1) / n)`` for sVAE+.
+        Zero for methods without sparsity.
+        """
+        import pandas as pd
+
+        return pd.Series(
+            np.sqrt(2.0 * self._asked / np.asarray(self._seen)),
+            index=pd.Index(self.module.prior.design.targets, name="target"),
+            name="threshold",
+        )
+
+    def adapt(
+        self, adata: anndata.AnnData, *, gates: Literal["learned", "open"] = "learned"
+    ) -> SMS:
+        """Learn the shifts of perturbations that the model has never seen, and nothing else.
+
+        Parameters
+        ----------
+        adata : AnnData
+            Cells of new conditions, of known ones as well if wanted; controls are not needed. A
+            label is new if no cell of the training has it, and counts as one new target.
+        gates : {"learned", "open"}
+            Which latents a new target moves: those for which its cells outweigh the sparsity, or
+            all of them, as in the paper. See `smslib.transfer.adapt`.
+
+        Returns
+        -------
+        SMS
+            In front of ``adata``, with encoder and decoder unchanged; its gates are all fixed. It
+            can be asked and saved, not trained.
 
         Raises
         ------
         ValueError
-            If ``adata`` has other genes in number, or other conditions, than the model.
+            If there is no new condition, or ``adata`` lacks genes of the model.
         """
-        module = SMSVAE.load(path, device=device)
-        front = cls(adata, n_latent=module.n_latent, device=device)
-        if module.n_genes != front.module.n_genes:
+        self._require_fit()
+        setup = _setup_of(adata) or self._setup
+        known = self.module.prior.design
+        new = sorted(set(labels(adata, setup["perturbation_key"])) - set(known.conditions))
+        if not new:
             raise ValueError(
-                f"adata has {front.module.n_genes} genes, the saved model {module.n_genes}; "
-                "pass the genes it was fitted on, in the same order"
+                f"adata has no condition beyond the {known.n_conditions} that the model knows; "
+                "get_latent_representation(adata) takes cells of those"
             )
-        if module.prior.conditions != front._design.conditions:
-            raise ValueError("adata has other conditions than the saved model")
-        front.module, front.history = module, History()
+        design = known.extend(new)
+        cells = _aligned(adata, self._genes, design, setup).to(self.module.device)
+        front = copy.copy(self)
+        front._stand(adata, cells, setup, self._genes)
+        front.module = transfer.adapt(self.module, cells, design=design, gates=gates)
+        n_known = known.n_targets
+        seen = _cells_per_target(cells, design)[n_known:]
+        front._seen = [*self._seen, *(seen if gates == "learned" else [np.inf] * len(seen))]
+        return front
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the fitted model, its genes and its training, without the data, into a folder.
+
+        Raises
+        ------
+        OSError
+            If they cannot be written.
+        """
+        self._require_fit()
+        self.module.save(path)
+        note = {key.lstrip("_"): getattr(self, key) for key in _REMEMBERED}
+        note |= {"weights_sha256": _weights_of(path), "config": asdict(self._config)}
+        note |= {"history": self.history.rows, "best_epoch": self.history.best_epoch}
+        with files.whole(Path(path, _FRONT)) as draft:
+            draft.write_text(json.dumps(note))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, adata: anndata.AnnData, *, device: str = "cpu") -> SMS:
+        """Read a fitted model back and put it in front of cells of conditions that it knows.
+
+        Parameters
+        ----------
+        path : path
+            Written by `save`.
+        adata : AnnData
+            The same cells or others. Genes are found by name, in any order. It need not be set up:
+            the model remembers the names of column, control and layer.
+        device : str
+
+        Raises
+        ------
+        FileNotFoundError
+            If ``path`` holds no model, or one without its genes.
+        KeyError
+            If ``adata`` has conditions that the model does not know; `adapt` takes those.
+        ValueError
+            If ``adata`` lacks genes of the model, or the files are damaged or do not belong
+            together.
+        """
+        module, note = SMSVAE.load(path, device=device), _noted(path)
+        setup = _setup_of(adata) or note["_setup"]
+        cells = _aligned(adata, note["_genes"], module.prior.design, setup)
+        front = object.__new__(cls)
+        vars(front).update(note)
+        front._stand(adata, cells.to(device), setup, note["_genes"])
+        front.module = module
         return front
 
     def __repr__(self) -> str:
         """Return the sizes and whether the model is fitted."""
         state = "fitted" if self.history is not None else "not fitted: call .train()"
-        design = self._design
         return (
             f"SMS({len(self._cells):,} cells, {self.module.n_genes:,} genes, "
-            f"{design.n_conditions} conditions, {self.module.n_latent} latents; {state})"
+            f"{self.module.prior.design.n_conditions} conditions, {self.module.n_latent} latents; "
+            f"{state})"
         )
 
-    def _build(self, *, epochs: int | None = None) -> tuple[SMSVAE, TrainConfig]:
-        return recipes.build(self._train, self._design, epochs=epochs, **self._options)
+    def _stand(
+        self,
+        adata: anndata.AnnData,
+        cells: Cells,
+        setup: Mapping[str, str],
+        genes: Sequence[str],
+    ) -> None:
+        """Stand in front of these cells."""
+        self.adata, self._cells = adata, cells
+        self._setup, self._genes = dict(setup), list(genes)
+
+    def _rows(self) -> tuple[Int[torch.Tensor, " cell"], ...]:
+        """Return which cells train and which validate."""
+        if _digest(self.adata) != self._trained_on:
+            raise ValueError(
+                "adata holds other cells, or in another order, than those that the model was made "
+                "for; load it in front of those, or make a new model"
+            )
+        return split_rows(self._cells.condition, (0.9, 0.1), seed=self._seed)
+
+    def _read(self, adata: anndata.AnnData | None) -> Cells:
+        if adata is None:
+            return self._cells
+        setup = _setup_of(adata) or self._setup
+        cells = _aligned(adata, self._genes, self.module.prior.design, setup)
+        return cells.to(self.module.device)
 
     def _by_target(self, values: np.ndarray) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.DataFrame(values, index=pd.Index(self._design.targets, name="target"))
+        targets = self.module.prior.design.targets
+        return pd.DataFrame(values, index=pd.Index(targets, name="target"))
 
     def _require_fit(self) -> None:
         if self.history is None:
             raise ValueError("the model is not fitted; call .train() first, or SMS.load(...)")
 
 
-def _read(adata: anndata.AnnData) -> tuple:
-    if _SETUP not in adata.uns:
+def stability(models: Sequence[SMS], *, threshold: float = 0.5) -> pd.DataFrame:
+    """Return in which share of fits a target (row) moves a latent (column, of the first fit).
+
+    Latents come in any order and with any sign, so those of each other fit are matched to those of
+    the first, one to one, by the absolute correlation over the cells.
+
+    Parameters
+    ----------
+    models : sequence of SMS
+        Fits of the same cells that differ by their seed.
+    threshold : float
+        A gate above it is open.
+
+    Returns
+    -------
+    DataFrame, (n_targets, n_latent)
+        Shares of all fits, the first included.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two, or they differ in cells, targets or number of latents.
+    """
+    if len(models) < 2:
+        raise ValueError(f"models holds {len(models)}; expected two fits or more to compare")
+    graphs = [model.get_graph() > threshold for model in models]
+    codes = [model.get_latent_representation() for model in models]
+    if any(not graph.index.equals(graphs[0].index) for graph in graphs):
+        raise ValueError("the models have other targets; expected fits of the same screen")
+    if len(shapes := {code.shape for code in codes}) > 1:
         raise ValueError(
-            "adata is not set up; call SMS.setup_anndata(adata, perturbation_key=..., control=...)"
+            f"the models have (cells, latents) {sorted(shapes)}; expected the same of all"
         )
-    return from_anndata(adata, **adata.uns[_SETUP])
+    partners = [metrics.match_latents(codes[0], code).cols for code in codes]
+    shares = np.mean([g.to_numpy()[:, p] for g, p in zip(graphs, partners, strict=True)], axis=0)
+    return graphs[0].astype(float).mul(0.0).add(shares)
+
+
+def _setup_of(adata: anndata.AnnData) -> Mapping[str, str] | None:
+    return adata.uns.get(_SETUP)
+
+
+def _shortened(config: TrainConfig, epochs: int | None) -> TrainConfig:
+    """Return the training in other epochs, with a warm-up of the same share."""
+    if epochs is None:
+        return config
+    warmup = round(epochs * config.warmup_epochs / config.epochs)
+    return replace(config, epochs=epochs, warmup_epochs=max(warmup, min(1, config.warmup_epochs)))
+
+
+def _aligned(
+    adata: anndata.AnnData, genes: Sequence[str], design: Design, setup: Mapping[str, str]
+) -> Cells:
+    """Read the cells of a known design with the genes of the model, in its order."""
+    there = set(adata.var_names)
+    if missing := [gene for gene in genes if gene not in there]:
+        first = unknown_names("gene", missing[:_N_LISTED], adata.var_names)
+        raise ValueError(
+            f"adata lacks {len(missing):,} of the {len(genes):,} genes that the model was fitted "
+            f"on: {first}"
+        )
+    if tuple(adata.var_names) != tuple(genes):
+        adata = adata[:, list(genes)]
+    where = {key: setup.get(key) for key in ("perturbation_key", "layer")}
+    return on_design(adata, design, **where)
+
+
+def _digest(adata: anndata.AnnData) -> str:
+    """Return what tells these cells, in this order, from others: by their names."""
+    return hashlib.sha256("\n".join(adata.obs_names).encode()).hexdigest()
+
+
+def _cells_per_target(cells: Cells, design: Design) -> list[float]:
+    """Return in how many cells each target is perturbed."""
+    per_condition = torch.bincount(cells.condition.cpu(), minlength=design.n_conditions)
+    return ((design.matrix.cpu() != 0).float().T @ per_condition.float()).tolist()
+
+
+def _weights_of(path: str | os.PathLike) -> str:
+    """Return the checksum of the weights that a saved model declares."""
+    return json.loads(Path(path, "config.json").read_text())["weights_sha256"]
+
+
+def _noted(path: str | os.PathLike) -> dict[str, Any]:
+    """Return what `SMS.save` wrote beside the model, checked."""
+    file = Path(path, _FRONT)
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{path} holds a model without its genes ({_FRONT} is missing); it was written by "
+            "SMSVAE.save, and SMSVAE.load reads it"
+        )
+    try:
+        note = json.loads(file.read_text())
+        if note["weights_sha256"] != _weights_of(path):
+            raise ValueError("its weights are those of another model")
+        front = {key: note[key.lstrip("_")] for key in _REMEMBERED}
+        front["_config"] = TrainConfig(**note["config"])
+        front["history"] = History(best_epoch=note["best_epoch"])
+        front["history"].load_state_dict({"rows": note["history"]})
+        return front
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}); save the model or copy its "
+            "folder again"
+        ) from error

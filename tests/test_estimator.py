@@ -1,14 +1,23 @@
 """The scverse verbs on a small AnnData."""
 
+import copy
+import warnings
+
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 from smslib import estimator
-from smslib.estimator import SMS
+from smslib.data import Cells
+from smslib.estimator import SMS, stability
+from smslib.evaluate import elbo, iwelbo
+from smslib.recipes import RECIPES
 from smslib.train import History
+
+pytestmark = pytest.mark.filterwarnings("ignore:every gate is open")  # short fits
 
 N_GENES = 12
 SETUP = {"perturbation_key": "target", "control": "none"}
@@ -30,6 +39,19 @@ def make_model(adata=None, **options):
     adata = make_adata() if adata is None else adata
     SMS.setup_anndata(adata, **SETUP)
     return SMS(adata, n_latent=2, **options)
+
+
+def trainings(monkeypatch):
+    """Return a list that takes up the configuration of every fit, which is not made."""
+    used = []
+    monkeypatch.setattr(estimator, "fit", lambda *args, **_: used.append(args[2]) or History())
+    return used
+
+
+def extra_gene():
+    adata = make_adata(n_genes=1)
+    adata.var_names = ["another"]
+    return adata
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +107,170 @@ def test_latents_take_the_condition_into_account(fitted):
     assert np.abs(after[:40] - before[:40]).max() > 1e-4
 
 
-def test_fewer_epochs_have_a_shorter_warm_up(monkeypatch):
-    used = []
-    monkeypatch.setattr(estimator, "fit", lambda *args, **_: used.append(args[2]) or History())
-    for epochs in (None, 20):
-        make_model().train(epochs=epochs)
+@pytest.mark.parametrize(("recipe", "share"), [("smslib", 0.3), ("screen", 0.3), ("paper", 1 / 6)])
+def test_fewer_epochs_have_a_shorter_warm_up(recipe, share, monkeypatch):
+    used = trainings(monkeypatch)
+    for epochs in (None, 30):
+        make_model(recipe=recipe).train(epochs=epochs)
     shares = [config.warmup_epochs / config.epochs for config in used]
-    assert used[0].epochs > used[1].epochs == 20
-    np.testing.assert_allclose(shares, 0.3, atol=0.01)
+    assert used[0].epochs > used[1].epochs == 30
+    np.testing.assert_allclose(shares, share, atol=0.01)
 
 
-def test_the_split_is_stratified_and_keeps_every_cell():
+def test_one_epoch_is_warmed_up_if_any_are(monkeypatch):
+    used = trainings(monkeypatch)
+    make_model().train(epochs=1)
+    assert used[0].warmup_epochs == 1
+
+
+def test_other_fields_of_the_training_can_be_set(monkeypatch):
+    used = trainings(monkeypatch)
+    make_model().train(epochs=2, max_grad_norm=10.0, learning_rate=1e-3)
+    assert (used[0].max_grad_norm, used[0].learning_rate, used[0].epochs) == (10.0, 1e-3, 2)
+
+
+def test_a_recipe_of_ones_own_is_taken(monkeypatch):
+    used = trainings(monkeypatch)
+    make_model(recipe=RECIPES["screen"].with_train(max_grad_norm=3.0)).train()
+    assert used[0].max_grad_norm == 3.0
+
+
+def test_the_split_is_stratified_and_most_cells_train(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        estimator, "fit", lambda _, train, *_more, **kept: seen.append((train, kept)) or History()
+    )
     model = make_model()
-    assert len(model._train) + len(model._validation) == 60
-    assert np.bincount(model._validation.condition).tolist() == [2, 2, 2]
+    model.train()
+    (train, kept) = seen[0]
+    assert np.bincount(train.condition).tolist() == [18, 18, 18]
+    assert np.bincount(kept["validation"].condition).tolist() == [2, 2, 2]
+    held = model.adata[model.validation_indices]
+    np.testing.assert_array_equal(kept["validation"].counts, held.X.toarray())
+
+
+def test_scores_of_chosen_cells_are_those_of_these_cells(fitted):
+    held = fitted.adata[fitted.validation_indices]
+    cells = Cells(
+        torch.tensor(held.X.toarray(), dtype=torch.float32),
+        torch.tensor([["none", "a", "b"].index(name) for name in held.obs["target"]]),
+    )
+    expected = float(elbo(fitted.module, cells).mean())
+    assert fitted.get_elbo(held) == pytest.approx(expected)
+    assert fitted.get_elbo(held) != pytest.approx(fitted.get_elbo(), abs=1e-3)
+    assert fitted.get_marginal_ll(held, n_draws=20) == pytest.approx(
+        float(iwelbo(fitted.module, cells, n_draws=20).mean())
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "squared"),
+    [
+        ({"sparsity": 10.0}, 4 * 9 / 18),
+        ({"method": "svae", "sparsity": 12.0}, 2 * 12 / 18),
+        ({"method": "ivae"}, 0.0),
+        ({}, 4 * (2 - 1) / 18),  # alpha is the number of targets
+    ],
+)
+def test_thresholds_are_those_of_the_ladder(options, squared):
+    """sqrt(4 (alpha - 1) / n) for the 18 of 20 cells of a target that are trained on."""
+    thresholds = make_model(**options).get_thresholds()
+    assert thresholds.index.tolist() == ["a", "b"]
+    np.testing.assert_allclose(thresholds, squared**0.5)
+
+
+def test_gates_that_never_moved_are_warned_of(monkeypatch):
+    trainings(monkeypatch)
+    model = make_model()
+    model.train()
+    with pytest.warns(UserWarning, match="every gate is open, as before the training"):
+        model.get_graph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dense = make_model(method="ivae")
+        dense.train()
+        dense.get_graph()
+
+
+# ---------------------------------------------------------------- several fits
+
+
+def turned(model, order):
+    """Return a copy of a fit with its latents in another order, some with another sign."""
+    other = copy.copy(model)
+    other.module = copy.deepcopy(model.module)
+    other.get_latent_representation = lambda: model.get_latent_representation()[:, order] * [-1, 1]
+    return other
+
+
+def test_stability_matches_latents_before_it_counts(fitted):
+    gates = torch.tensor([[3.0, -3.0], [-3.0, -3.0]])
+    first, second = turned(fitted, [0, 1]), turned(fitted, [1, 0])
+    first.module.prior.gate.logit.data = gates
+    second.module.prior.gate.logit.data = gates[:, [1, 0]]
+    shares = stability([first, second, first])
+    assert shares.index.tolist() == ["a", "b"]
+    np.testing.assert_allclose(shares, [[1, 0], [0, 0]], atol=1e-12)
+    second.module.prior.gate.logit.data = gates
+    np.testing.assert_allclose(stability([first, second]), [[0.5, 0.5], [0, 0]], atol=1e-12)
+
+
+def test_stability_wants_several_fits_of_the_same_cells(fitted):
+    with pytest.raises(ValueError, match="models holds 1; expected two fits or more"):
+        stability([fitted])
+    other = make_model(make_adata(("none", "a", "c")))
+    other.train(epochs=1, progress=False)
+    with pytest.raises(ValueError, match="the models have other targets"):
+        stability([fitted, other])
+    fewer = make_model(fitted.adata[::2].copy())
+    fewer.train(epochs=1, progress=False)
+    with pytest.raises(ValueError, match=r"\(30, 2\), \(60, 2\)"):
+        stability([fitted, fewer])
+
+
+# ---------------------------------------------------------------- new perturbations
+
+
+def newcomers():
+    """Return cells of the known condition b and of a new one, without controls."""
+    return make_adata(("b", "new"))
+
+
+def test_adapting_learns_the_new_shift_and_nothing_else(fitted):
+    adapted = fitted.adapt(newcomers(), gates="open")
+    assert adapted.get_shifts().index.tolist() == ["a", "b", "new"]
+    np.testing.assert_array_equal(adapted.get_graph().loc["new"], 1.0)
+    before, after = fitted.module.state_dict(), adapted.module.state_dict()
+    same = [name for name in before if not name.startswith("prior.")]
+    assert len(same) > 5
+    assert all(torch.equal(before[name], after[name]) for name in same)
+    codes = adapted.get_latent_representation()[20:]
+    np.testing.assert_allclose(adapted.get_shifts().loc["new"], codes.mean(0), atol=2e-3)
+
+
+def test_learned_gates_of_a_new_target_ask_for_evidence():
+    model = make_model(sparsity=1e6)
+    model.train(epochs=3, progress=False)
+    adapted = model.adapt(newcomers())
+    np.testing.assert_array_equal(adapted.get_graph().loc["new"], 0.0)
+    expected = np.sqrt(4 * (1e6 - 1) / np.array([18, 18, 20]))
+    np.testing.assert_allclose(adapted.get_thresholds(), expected, rtol=1e-6)
+
+
+def test_an_adapted_model_is_saved_like_another_and_is_not_trained(fitted, tmp_path):
+    adapted = fitted.adapt(newcomers(), gates="open")
+    adapted.save(tmp_path)
+    loaded = SMS.load(tmp_path, newcomers())
+    pd.testing.assert_frame_equal(loaded.get_shifts(), adapted.get_shifts())
+    assert np.isfinite(loaded.get_elbo())
+    assert loaded.get_thresholds()["new"] == 0.0
+    with pytest.raises(ValueError, match="other cells, or in another order"):
+        adapted.train(epochs=1)
+
+
+def test_nothing_new_is_no_adaptation(fitted):
+    with pytest.raises(ValueError, match="no condition beyond the 3 that the model knows"):
+        fitted.adapt(make_adata(("a", "b")))
 
 
 def test_counts_may_be_in_a_layer():
@@ -119,11 +291,46 @@ def test_other_methods_and_recipes(method, recipe):
 
 def test_saved_model_answers_the_same(fitted, tmp_path):
     fitted.save(tmp_path)
-    loaded = SMS.load(tmp_path, fitted.adata)
-    np.testing.assert_array_equal(
-        loaded.get_latent_representation(), fitted.get_latent_representation()
-    )
-    pd.testing.assert_frame_equal(loaded.get_graph(), fitted.get_graph())
+    loaded = SMS.load(tmp_path, make_adata())
+    for verb in ("get_latent_representation", "get_graph", "get_shifts", "get_thresholds"):
+        np.testing.assert_array_equal(getattr(loaded, verb)(), getattr(fitted, verb)())
+    np.testing.assert_array_equal(loaded.validation_indices, fitted.validation_indices)
+    pd.testing.assert_frame_equal(loaded.history.frame(), fitted.history.frame())
+
+
+def test_a_loaded_model_is_trained_as_it_would_have_been(tmp_path, monkeypatch):
+    model = make_model(recipe="paper", seed=7)
+    model.train(epochs=1, progress=False)
+    model.save(tmp_path)
+    loaded = SMS.load(tmp_path, model.adata)
+    used = trainings(monkeypatch)
+    for each in (model, loaded):
+        each.train()
+    assert used[0] == used[1]
+    assert (used[0].epochs, used[0].seed) == (300, 7)
+
+
+def test_genes_are_found_by_name(fitted, tmp_path):
+    fitted.save(tmp_path)
+    turned_round = make_adata()[:, ::-1].copy()
+    more = anndata.concat([turned_round, extra_gene()], axis=1, merge="first")
+    for adata in (turned_round, more):
+        loaded = SMS.load(tmp_path, adata)
+        np.testing.assert_array_equal(
+            loaded.get_latent_representation(), fitted.get_latent_representation()
+        )
+
+
+def test_other_cells_of_known_conditions_can_stand_behind_a_model(fitted, tmp_path):
+    fitted.save(tmp_path)
+    some = make_adata()[30:50]
+    loaded = SMS.load(tmp_path, some)
+    expected = fitted.get_latent_representation()[30:50]
+    np.testing.assert_allclose(loaded.get_latent_representation(), expected, atol=1e-6)
+    np.testing.assert_allclose(fitted.get_latent_representation(some), expected, atol=1e-6)
+    assert loaded.get_thresholds().equals(fitted.get_thresholds())
+    with pytest.raises(ValueError, match="other cells, or in another order"):
+        _ = loaded.validation_indices
 
 
 def test_setup_survives_a_file(tmp_path):
@@ -177,11 +384,30 @@ def test_saving_wants_a_fit(tmp_path):
 
 def test_loading_in_front_of_other_data_is_refused(fitted, tmp_path):
     fitted.save(tmp_path)
-    fewer = make_adata(n_genes=5)
-    SMS.setup_anndata(fewer, **SETUP)
-    with pytest.raises(ValueError, match="adata has 5 genes, the saved model 12"):
-        SMS.load(tmp_path, fewer)
-    renamed = make_adata(("none", "a", "z"))
-    SMS.setup_anndata(renamed, **SETUP)
-    with pytest.raises(ValueError, match="other conditions than the saved model"):
-        SMS.load(tmp_path, renamed)
+    with pytest.raises(ValueError, match=r"lacks 7 of the 12 genes .* unknown gene 'gene5'"):
+        SMS.load(tmp_path, make_adata(n_genes=5))
+    with pytest.raises(KeyError, match=r"unknown condition 'z'; known: \['none', 'a', 'b'\]"):
+        SMS.load(tmp_path, make_adata(("none", "a", "z")))
+
+
+def test_a_model_without_its_genes_is_refused(fitted, tmp_path):
+    fitted.module.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"front\.json is missing.*SMSVAE\.load reads it"):
+        SMS.load(tmp_path, fitted.adata)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"weights_sha256": "0"}', '{"genes": 3}'])
+def test_a_damaged_note_is_refused(damage, fitted, tmp_path):
+    fitted.save(tmp_path)
+    (tmp_path / "front.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"front\.json is damaged"):
+        SMS.load(tmp_path, fitted.adata)
+
+
+def test_halves_of_two_models_are_refused(fitted, tmp_path):
+    other = make_model(seed=1)
+    other.train(epochs=1, progress=False)
+    fitted.save(tmp_path)
+    other.module.save(tmp_path)
+    with pytest.raises(ValueError, match="its weights are those of another model"):
+        SMS.load(tmp_path, fitted.adata)
