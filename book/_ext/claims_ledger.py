@@ -108,7 +108,7 @@ class Store:
                 raise NotStored(NOT_YET, f"{experiment} is not stored")
             self._experiments[experiment] = results.get(experiment, root=self.folder)
         if (found := self._experiments[experiment].get(key)) is None:
-            raise NotStored(NOT_RUN, f"{experiment} has no finite {key}")
+            raise NotStored(NOT_RUN, f"no finite run stored: {experiment}, {key}")
         return found
 
     def value(self, experiment: str, key: str) -> float:
