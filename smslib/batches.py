@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from smslib.data import Cells, Design, checked
+from smslib.data import LARGEST_COUNT, Cells, Design, checked, read_design, why_not_counts
 
 if TYPE_CHECKING:
     import anndata
@@ -89,7 +89,7 @@ class Rows:
     Parameters
     ----------
     counts : Packed, CSR, array or a backed file's matrix, (n_cells, n_genes)
-        UMIs.
+        UMIs; but for Packed they are checked block by block, where they are asked for.
     condition : Tensor, (n_cells,)
         Row of ``Design.matrix`` of each cell.
     device : str or torch.device
@@ -125,12 +125,48 @@ class Rows:
         return len(self.condition)
 
     def __getitem__(self, index: Tensor | slice | np.ndarray) -> Cells:
-        """Return the chosen cells, in the order of ``index``."""
+        """Return the chosen cells, in the order of ``index``.
+
+        Raises
+        ------
+        ValueError
+            If they hold values that are no counts, or a cell has no UMIs.
+        """
         index = index.cpu().numpy() if isinstance(index, Tensor) else index
-        rows = self.counts[index]
-        dense = rows.toarray() if hasattr(rows, "toarray") else rows
-        counts = torch.from_numpy(np.asarray(dense, dtype=np.float32))
+        counts = torch.from_numpy(self._dense(index))
+        if not isinstance(self.counts, Packed):
+            self._check(counts, index)
         return Cells(counts, self.condition[index]).to(self.device)
+
+    def _dense(self, index: slice | np.ndarray) -> np.ndarray:
+        """Return the chosen rows; a file gives them in increasing order, each once."""
+        if isinstance(index, slice) or _in_memory(self.counts):
+            return _as_array(self.counts[index])
+        order, back = np.unique(np.arange(len(self))[index], return_inverse=True)
+        return _as_array(self.counts[order])[back]
+
+    def _check(self, counts: Float[Tensor, "cell gene"], index: slice | np.ndarray) -> None:
+        """Refuse what `smslib.data.from_anndata` refuses of counts in memory."""
+        whole = (counts >= 0) & (counts <= LARGEST_COUNT) & (counts == counts.floor())
+        empty = counts.sum(1) == 0
+        if bool(whole.all()) and not bool(empty.any()):
+            return
+        wrong = ~whole.all(1) | empty
+        row = np.arange(len(self))[index][int(wrong.int().argmax())]
+        raise ValueError(
+            f"row {row} has no UMIs, or values other than raw counts (non-negative integers up to "
+            f"{LARGEST_COUNT:,}). Noticed: {why_not_counts(counts.numpy())}"
+        )
+
+
+def _in_memory(counts: _Matrix) -> bool:
+    from scipy import sparse
+
+    return isinstance(counts, Packed | np.ndarray) or sparse.issparse(counts)
+
+
+def _as_array(rows: object) -> np.ndarray:
+    return np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows, dtype=np.float32)
 
 
 class Shuffled:
@@ -190,7 +226,7 @@ def from_anndata(
     adata: anndata.AnnData,
     *,
     perturbation_key: str,
-    control: str,
+    control: str | int,
     layer: str | None = None,
     sep: str = "+",
     device: str | torch.device = "cpu",
@@ -200,7 +236,10 @@ def from_anndata(
     Parameters
     ----------
     adata : AnnData, (n_cells, n_genes)
-    perturbation_key, control : str
+        Of a backed one, ``X`` stays in its file, if that can give rows: dense or CSR. Its counts
+        are then checked when they are read.
+    perturbation_key : str
+    control : str or int
     layer : str, optional
     sep : str
     device : str or torch.device
@@ -209,7 +248,7 @@ def from_anndata(
     Returns
     -------
     rows : Rows
-        Packed counts in host memory, or the dense array that there was.
+        Packed counts in host memory, the dense array that there was, or the file's matrix.
     design : Design
 
     Raises
@@ -217,8 +256,17 @@ def from_anndata(
     KeyError, ValueError
         As in `smslib.data.from_anndata`.
     """
-    counts, condition, design = checked(
-        adata, perturbation_key=perturbation_key, control=control, layer=layer, sep=sep
-    )
+    labelled = {"perturbation_key": perturbation_key, "control": control, "sep": sep}
+    if layer is None and _gives_rows(adata):
+        condition, design = read_design(adata, **labelled)
+        return Rows(adata.X, condition, device=device), design
+    counts, condition, design = checked(adata, layer=layer, **labelled)
     packed = counts if isinstance(counts, np.ndarray) else Packed.of(counts)
     return Rows(packed, condition, device=device), design
+
+
+def _gives_rows(adata: anndata.AnnData) -> bool:
+    """Say whether the counts lie in a file that gives some rows without reading the others."""
+    if not adata.isbacked or adata.is_view:
+        return False
+    return adata.X is not None and getattr(adata.X, "format", "csr") == "csr"

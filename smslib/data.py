@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 __all__ = [
+    "LARGEST_COUNT",
     "Batches",
     "Cells",
     "Design",
@@ -30,6 +31,7 @@ __all__ = [
     "labels",
     "minibatches",
     "on_design",
+    "read_design",
     "seeded",
     "single",
     "split_cells",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 
-_LARGEST_COUNT = 2**24  # the largest up to which float32 holds every integer
+LARGEST_COUNT = 2**24  # the largest up to which float32 holds every integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +200,7 @@ def from_anndata(
     adata: anndata.AnnData,
     *,
     perturbation_key: str,
-    control: str,
+    control: str | int,
     layer: str | None = None,
     sep: str = "+",
 ) -> tuple[Cells, Design]:
@@ -210,8 +212,9 @@ def from_anndata(
         Raw counts (UMIs) in ``X`` or in ``layers[layer]``: dense, CSR, CSC, or backed by a file.
     perturbation_key : str
         Column of ``obs`` that names each cell's condition.
-    control : str
-        The unperturbed condition; it becomes row 0 of the design.
+    control : str or int
+        The unperturbed condition; it becomes row 0 of the design. Labels that are numbers are
+        compared as text.
     layer : str, optional
         Layer that holds the counts; ``X`` by default.
     sep : str
@@ -245,7 +248,7 @@ def checked(
     adata: anndata.AnnData,
     *,
     perturbation_key: str,
-    control: str,
+    control: str | int,
     layer: str | None,
     sep: str,
 ) -> tuple[np.ndarray | scipy.sparse.csr_matrix, Int[Tensor, " cell"], Design]:
@@ -254,7 +257,8 @@ def checked(
     Parameters
     ----------
     adata : AnnData
-    perturbation_key, control : str
+    perturbation_key : str
+    control : str or int
     layer : str, optional
     sep : str
 
@@ -263,17 +267,47 @@ def checked(
     KeyError, ValueError
         As in `from_anndata`.
     """
-    names = labels(adata, perturbation_key)
+    condition, design = read_design(
+        adata, perturbation_key=perturbation_key, control=control, sep=sep
+    )
+    return _checked_counts(adata, layer), condition, design
+
+
+def read_design(
+    adata: anndata.AnnData, *, perturbation_key: str, control: str | int, sep: str = "+"
+) -> tuple[Int[Tensor, " cell"], Design]:
+    """Read conditions like `from_anndata`, without a look at the counts.
+
+    Parameters
+    ----------
+    adata : AnnData
+        Its counts may stay in a file.
+    perturbation_key : str
+    control : str or int
+    sep : str
+
+    Returns
+    -------
+    condition : Tensor, (n_cells,)
+        Row of ``design.matrix`` of each cell.
+    design : Design
+
+    Raises
+    ------
+    KeyError, ValueError
+        As in `from_anndata`, for names and labels.
+    """
+    names, control = labels(adata, perturbation_key), str(control)
     if control not in names:
         raise ValueError(
             f"control {control!r} is not among the conditions of adata.obs[{perturbation_key!r}]"
             f"{nearest_known(control, np.unique(names))}"
         )
-    counts = _checked_counts(adata, layer)
+    _refuse_repeated_names(adata)
     design = _design(names, control, sep)
     row = {name: index for index, name in enumerate(design.conditions)}
     condition = np.fromiter((row[name] for name in names), dtype=np.int64, count=len(names))
-    return counts, torch.from_numpy(condition), design
+    return torch.from_numpy(condition), design
 
 
 def on_design(
@@ -304,6 +338,7 @@ def on_design(
     """
     names, places = np.unique(labels(adata, perturbation_key), return_inverse=True)
     condition = design.index(names.tolist())[torch.from_numpy(places)]
+    _refuse_repeated_names(adata)
     counts = _checked_counts(adata, layer)
     return Cells(torch.from_numpy(_dense(counts)), condition)
 
@@ -403,10 +438,21 @@ def split_rows(
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run a block under its own torch seed and restore the global random state on exit."""
-    with torch.random.fork_rng():
-        torch.random.manual_seed(seed)
+def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Run a block under its own torch seed and restore the global random state on exit.
+
+    Parameters
+    ----------
+    seed : int
+    device : str or torch.device
+        Of the block's draws, besides the CPU. No other GPU is touched.
+    """
+    gpus = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(gpus, device_type="cuda"):
+        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed reaches every GPU
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(int(seed))
         yield
 
 
@@ -495,6 +541,11 @@ def _refuse_repeats(what: str, names: Iterable[str]) -> None:
         )
 
 
+def _refuse_repeated_names(adata: anndata.AnnData) -> None:
+    _refuse_repeats("adata.obs_names", adata.obs_names)
+    _refuse_repeats("adata.var_names", adata.var_names)
+
+
 def labels(adata: anndata.AnnData, key: str) -> Shaped[np.ndarray, " cell"]:
     """Return each cell's condition name, checked.
 
@@ -537,9 +588,6 @@ def labels(adata: anndata.AnnData, key: str) -> Shaped[np.ndarray, " cell"]:
 def _checked_counts(
     adata: anndata.AnnData, layer: str | None
 ) -> np.ndarray | scipy.sparse.csr_matrix:
-    """Return the counts of cells and genes whose names are their own."""
-    _refuse_repeats("adata.obs_names", adata.obs_names)
-    _refuse_repeats("adata.var_names", adata.var_names)
     counts = _counts(adata, layer)
     _check_counts(counts, adata, layer)
     return counts
@@ -553,11 +601,11 @@ def _counts(adata: anndata.AnnData, layer: str | None) -> np.ndarray | scipy.spa
         raise KeyError(
             f"layer {layer!r} is not in adata.layers{nearest_known(layer, adata.layers)}"
         )
-    if adata.isbacked:
-        adata = adata.to_memory()
     counts = adata.X if layer is None else adata.layers[layer]
     if counts is None:
         raise ValueError(f"adata.X is empty; pass layer=, one of {list(adata.layers)}")
+    if hasattr(counts, "to_memory"):  # sparse in a file; AnnData.to_memory would close the file
+        counts = counts.to_memory()
     if not sparse.issparse(counts):
         return np.asarray(counts)
     if hasattr(counts, "check_format"):
@@ -582,9 +630,9 @@ def _check_counts(
             f"{adata.var_names[gene]!r}; expected raw counts (non-negative integers). Noticed: "
             f"{why_not_counts(counts)}. Pass layer= if they are elsewhere (available: {others})"
         )
-    if values.max(initial=0) > _LARGEST_COUNT:
+    if values.max(initial=0) > LARGEST_COUNT:
         raise ValueError(
-            f"{where} holds {values.max():.8g}; expected counts up to {_LARGEST_COUNT:,}, which "
+            f"{where} holds {values.max():.8g}; expected counts up to {LARGEST_COUNT:,}, which "
             "single precision holds exactly"
         )
     empty = np.asarray(counts.sum(1)).ravel() == 0

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from smslib.batches import Packed, Passes, Rows, Shuffled, from_anndata
-from smslib.data import Batches, Cells, minibatches
+from smslib.data import Batches, Cells, minibatches, read_design
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
 from smslib.model import SMSVAE
 from smslib.simulate import sparse_shift
@@ -48,6 +48,9 @@ def make_model(**options):
 
 def weights(model):
     return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+FIRST = SCREEN.design.conditions[int(CELLS.condition[0])]
 
 
 class Order:
@@ -145,6 +148,77 @@ def test_a_screen_is_read_by_the_same_door(sparse_counts):
     assert torch.equal(found[:].counts, CELLS.counts)
     names = [design.conditions[row] for row in found.condition]
     assert names == adata.obs["target"].tolist()
+
+
+def stored(tmp_path, counts):
+    """The screen in a file that stays there."""
+    make_adata(counts).write_h5ad(tmp_path / "screen.h5ad")
+    return anndata.read_h5ad(tmp_path / "screen.h5ad", backed="r")
+
+
+KINDS = {"dense": np.asarray, "csr": sparse.csr_matrix, "csc": sparse.csc_matrix}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_gives_its_rows_in_any_order(tmp_path, kind, monkeypatch):
+    backed = stored(tmp_path, KINDS[kind](CELLS.counts.numpy()))
+    if kind != "csc":
+        monkeypatch.setattr(anndata.AnnData, "to_memory", None)  # which would read it whole
+    found, design = from_anndata(backed, perturbation_key="target", control=FIRST)
+    assert isinstance(found.counts, Packed) == (kind == "csc")
+    assert set(design.conditions) == set(backed.obs["target"])
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    for index in (order, order[:9].repeat(2), slice(3, 30), order > 20):
+        there = found[index]
+        assert torch.equal(there.counts, CELLS.counts[index])
+        assert torch.equal(there.condition, found.condition[index])
+
+
+@pytest.mark.parametrize("kind", ["dense", "csr"])
+def test_counts_of_a_file_are_checked_when_they_are_read(tmp_path, kind):
+    counts = CELLS.counts.numpy().copy()
+    counts[7, 2], counts[9], counts[11, 0], counts[13, 0] = 0.37, 0, np.nan, 2.0**25
+    found, _ = from_anndata(
+        stored(tmp_path, KINDS[kind](counts)), perturbation_key="target", control=FIRST
+    )
+    good = np.array([3, 8, 2])
+    assert torch.equal(found[good].counts, CELLS.counts[good])
+    message = r"row {} has no UMIs, or values other than raw counts .* up to 16,777,216"
+    for row in (7, 9, 11, 13):
+        with pytest.raises(ValueError, match=message.format(row)):
+            found[np.array([20, row, 2])]
+    with pytest.raises(ValueError, match=r"row 7 .*Noticed: 1 of 200 stored values are no counts"):
+        found[4:9]
+
+
+def test_a_fit_out_of_a_file_is_the_fit_in_memory(tmp_path):
+    """And so are a layer and a part of it, which are read whole."""
+    backed = stored(tmp_path, CELLS.counts.numpy())
+    names = {"perturbation_key": "target", "control": FIRST}
+    out_of_file, design = from_anndata(backed, **names)
+    part, _ = from_anndata(backed[:20], **names)
+    in_memory, _ = from_anndata(make_adata(CELLS.counts.numpy()), **names)
+    ends = []
+    for source in (out_of_file, in_memory):
+        model = SMSVAE.preset("svae+", design, source.n_genes, n_latent=3, n_hidden=8)
+        fit(model, Shuffled(source, 16, seed=5), CONFIG, progress=False)
+        ends.append(weights(model))
+    assert torch.equal(*ends)
+    assert isinstance(part.counts, np.ndarray)
+    assert torch.equal(part[:].counts, CELLS.counts[:20])
+    with pytest.raises(KeyError, match="layer 'raw' is not in adata.layers"):
+        from_anndata(backed, layer="raw", **names)
+
+
+def test_conditions_are_known_without_the_counts(tmp_path, monkeypatch):
+    backed = stored(tmp_path, CELLS.counts.numpy())
+    in_memory = make_adata(CELLS.counts.numpy())
+    expected = from_anndata(in_memory, perturbation_key="target", control=FIRST)
+    monkeypatch.setattr(anndata.AnnData, "X", None)
+    condition, design = read_design(backed, perturbation_key="target", control=FIRST)
+    assert torch.equal(condition, expected[0].condition)
+    assert design.conditions == expected[1].conditions
+    assert torch.equal(design.matrix, expected[1].matrix)
 
 
 def test_the_door_refuses_what_it_refuses_of_tensors():
@@ -311,3 +385,16 @@ def test_scdataset_gives_every_cell_and_the_fit_on_its_order(tmp_path):
 
     fit(plain, Again(), CONFIG, progress=False)
     assert torch.equal(weights(plain), weights(loaded))
+
+
+@needs_scdataset
+@pytest.mark.parametrize("kind", ["dense", "csr"])
+def test_a_file_is_fitted_in_five_lines(tmp_path, kind):
+    from scdataset import BlockShuffling, scDataset
+
+    adata = stored(tmp_path, KINDS[kind](CELLS.counts.numpy()))
+    rows, design = from_anndata(adata, perturbation_key="target", control=FIRST)
+    dataset = scDataset(rows, BlockShuffling(block_size=4), batch_size=16, fetch_factor=2)
+    model = SMSVAE.preset("svae+", design, rows.n_genes)
+    history = fit(model, Passes(dataset, len(rows)), replace(CONFIG, batch_size=16))
+    assert len(history.rows) == CONFIG.epochs

@@ -101,6 +101,16 @@ def test_every_storage_gives_the_same_cells(counts):
         assert [design.conditions[row] for row in cells.condition] == labels
 
 
+def test_labels_that_are_numbers_are_compared_as_text():
+    adata = screen()
+    adata.obs["target"] = np.arange(adata.n_obs) % 3
+    cells, design = load(adata, control=0)
+    assert design.conditions == ("0", "1", "2")
+    assert cells.condition.tolist() == adata.obs["target"].tolist()
+    with pytest.raises(ValueError, match=r"control '7' is not among .* known: \['0', '1', '2'\]"):
+        load(adata, control=7)
+
+
 def test_cells_without_controls_are_read_onto_a_design_that_exists():
     _, design = load(screen())
     some = on_design(screen()[[2, 1]], design, perturbation_key="target")
@@ -337,6 +347,25 @@ def test_seeded_gives_the_same_draws_and_restores_the_global_state():
     with seeded(4):
         assert not torch.equal(torch.rand(4), first)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeding_the_processor_asks_no_gpu(monkeypatch):
+    for name in ("device_count", "get_rng_state", "manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, None)
+    with seeded(3):
+        drawn = torch.rand(4)
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(drawn, torch.rand(4, generator=generator))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_seeding_a_gpu_gives_its_draws_and_restores_its_state():
+    before = torch.cuda.get_rng_state()
+    with seeded(3, "cuda"):
+        drawn = torch.rand(4, device="cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    generator = torch.Generator("cuda").manual_seed(3)
+    assert torch.equal(drawn, torch.rand(4, device="cuda", generator=generator))
 
 
 def test_streams_do_not_depend_on_each_other_or_on_later_ones():
