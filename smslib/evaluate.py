@@ -47,7 +47,7 @@ def elbo(
     seed : int
         Of the draws.
     """
-    with _evaluating(model), seeded(seed):
+    with _evaluating(model), seeded(seed, model.device):
         parts = [model(batch) for batch in minibatches(cells, batch_size)]
         return _numpy(torch.cat([terms.reconstruction - terms.kl for terms in parts]))
 

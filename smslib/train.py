@@ -245,7 +245,7 @@ def fit(
         parallel.check(model, (cells.n_cells, n_validation, config), group)
     newton = model.newton
     try:
-        with seeded(config.seed + rank):
+        with seeded(config.seed + rank, model.device):
             course = _Course(model, config, cells, validation, checkpoint)
             history = _loop(course, cells, validation, group, progress and not rank)
     finally:
@@ -374,7 +374,7 @@ def _validate(
     """
     model.eval()
     total = torch.zeros(2, device=model.device)
-    with seeded(config.seed):
+    with seeded(config.seed, model.device):
         for batch in minibatches(validation, 1024):
             terms = model(batch, n_draws=_draws(config, epoch))
             total += torch.stack([terms.reconstruction.sum(), terms.kl.sum()])
