@@ -59,6 +59,12 @@ def latents(
 
     The encoder sees the counts alone; a model with Gauss-Newton inference also uses the prior of
     the cell's condition (``q(z | x, a)`` in the paper, eq. 12).
+
+    Parameters
+    ----------
+    model : SMSVAE
+    cells : Cells or Batches
+    batch_size : int
     """
     with _evaluating(model):
         parts = [model.infer(batch).mean for batch in minibatches(cells, batch_size)]
@@ -116,6 +122,19 @@ def by_condition(
 
     No condition is dropped: one without cells has n = 0 and a mean of NaN, one with a single cell
     a standard error of NaN. The released code drops conditions of 10 cells or fewer in silence.
+
+    Parameters
+    ----------
+    values : array, (n_cells,)
+    cells : Cells or Batches
+        Whose values they are, in the same order.
+    design : Design
+        That labels the cells.
+
+    Returns
+    -------
+    DataFrame
+        ``mean`` and ``standard_error`` (units of ``values``) and ``n``, a row per condition.
     """
     import pandas as pd
 

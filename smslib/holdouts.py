@@ -63,7 +63,6 @@ SIZES = (
     200,
 )  # cells of a held-out perturbation that its shift is learned from
 _GATED = ("svae+", "svae")
-_SHIFTING = ("svae+", "ivae", "svae")
 # The most wanted first; the same five as in the simulations.
 _ORDER = ("svae+", "ivae", "vae", "svae", "beta-vae")
 _AT_ONCE = 512  # cells encoded together: Jacobians of thousands would be most of a run's memory

@@ -248,6 +248,12 @@ def leave_out(
 def without(design: Design, held: Sequence[str]) -> Design:
     """Return the design of the other conditions, and of the targets that these perturb.
 
+    Parameters
+    ----------
+    design : Design
+    held : sequence of str
+        Conditions to leave out.
+
     Raises
     ------
     KeyError, ValueError

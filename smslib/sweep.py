@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "Config",
+    "Job",
     "OnRay",
+    "SupportsSubmit",
+    "Task",
     "add_arguments",
     "axis",
     "bundle",
@@ -54,8 +58,8 @@ __all__ = [
     "zip_",
 ]
 
-Config = Mapping[str, Any]
-Task = Callable[[dict[str, Any]], Mapping[str, Any]]
+Config = Mapping[str, Any]  # One run's settings, plain JSON
+Task = Callable[[dict[str, Any]], Mapping[str, Any]]  # From a configuration to its result
 _RECORD = {"run_id", "provenance"}  # columns that neither configuration nor result may name
 _PARTS = ("config", "result", "provenance")  # of a finished run's file
 _BUNDLE = "runs.jsonl.gz"

@@ -47,11 +47,16 @@ def binarise(model: SMSVAE, *, threshold: float = 0.5) -> SMSVAE:
     """Return a copy whose gates are fixed, open where more probable than ``threshold``.
 
     A slab with a posterior becomes the point at its mean.
+
+    Parameters
+    ----------
+    model : SMSVAE
+    threshold : float
+        Probability of a gate, 0 to 1.
     """
     fixed = copy.deepcopy(model)
     if isinstance(fixed.prior.slab, GaussianSlab):
         fixed.prior.slab = PointSlab.at(fixed.prior.slab())
-
     fixed.prior.gate = FixedGate.at(model.prior.graph(threshold=threshold).to(model.prior.dose))
     fixed.estimator = "expected"
     return fixed
