@@ -21,7 +21,6 @@ __all__ = [
     "Moments",
     "NegativeBinomial",
     "gaussian_log_prob",
-    "kl_bernoulli",
     "kl_to_shifted_normal",
     "stirling_error",
     "straight_through_bernoulli",
@@ -257,16 +256,6 @@ def kl_to_shifted_normal(
     """
     distance = variance + (mean - shift.mean).square() + shift.variance
     return 0.5 * (distance - 1.0 - variance.log())
-
-
-def kl_bernoulli(
-    pi: Float[Tensor, "*shape"], p: Float[Tensor, "*shape"] | float
-) -> Float[Tensor, "*shape"]:
-    """Return KL(Bernoulli(pi) || Bernoulli(p)) in nats, finite at pi in {0, 1}."""
-    p = torch.as_tensor(p, dtype=pi.dtype, device=pi.device)
-    on = torch.special.xlogy(pi, pi) - pi * p.log()
-    off = torch.special.xlogy(1 - pi, 1 - pi) - (1 - pi) * (-p).log1p()
-    return on + off
 
 
 def straight_through_bernoulli(

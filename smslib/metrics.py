@@ -26,6 +26,7 @@ __all__ = [
     "average_precision",
     "calibration",
     "correlations",
+    "cosine",
     "dci",
     "graph_scores",
     "holm",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 Method = Literal["pearson", "spearman"]
+NIL = 1e-12  # length of a vector that is nothing but rounding
 INFORMATIVE = 0.01  # nats: a latent closer to its prior on average carries nothing
 
 
@@ -100,6 +102,19 @@ def correlations(
     """
     true, estimated = _checked_pair(true, estimated)
     return np.clip(_scaled(true, method).T @ _scaled(estimated, method), -1.0, 1.0)
+
+
+def cosine(first: Real[Any, " item"], second: Real[Any, " item"]) -> float:
+    """Return the cosine of two vectors, 0 if one of them is nil.
+
+    Parameters
+    ----------
+    first, second : array, (n_items,)
+    """
+    lengths = np.linalg.norm(first), np.linalg.norm(second)
+    if min(lengths) <= NIL:
+        return 0.0
+    return float(np.dot(first, second) / lengths[0] / lengths[1])
 
 
 def match_latents(

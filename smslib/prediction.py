@@ -56,7 +56,6 @@ _N_TOP = 20  # genes with the largest observed effect
 _N_COMPONENTS = 10  # of the gene embedding
 _PENALTY = 0.1  # of the ridge
 _N_FOLDS = 5  # of the held-out targets
-_ROUNDING = 1e-12
 _SHARES = (0.5, 0.25, 0.25)  # of the cells: to learn from, and two halves to score on
 _SHIFT_FREE = ("vae", "beta-vae")  # whatever their weights, they predict the control
 _OTHER_HALF = "other-half"
@@ -566,25 +565,18 @@ def _compare(
     predicted: Float[np.ndarray, " gene"], observed: Float[np.ndarray, " gene"]
 ) -> dict[str, float]:
     centred = observed - observed.mean()
-    if np.linalg.norm(centred) <= _ROUNDING:
+    if np.linalg.norm(centred) <= metrics.NIL:
         raise ValueError(
             f"the {len(observed)} observed effects are all {observed[0]:g}; expected effects that "
             "differ between genes"
         )
     error = ((predicted - observed) ** 2).sum()
     return {
-        "pearson": _cosine(predicted - predicted.mean(), centred),
-        "cosine": _cosine(predicted, observed),
+        "pearson": metrics.cosine(predicted - predicted.mean(), centred),
+        "cosine": metrics.cosine(predicted, observed),
         "r2": float(1.0 - error / (centred**2).sum()),
         "rmse_ratio": float(np.sqrt(error / (observed**2).sum())),
     }
-
-
-def _cosine(predicted: Float[np.ndarray, " gene"], observed: Float[np.ndarray, " gene"]) -> float:
-    length = np.linalg.norm(predicted)
-    if length <= _ROUNDING:  # of a constant minus its mean
-        return 0.0
-    return float(predicted @ observed / length / np.linalg.norm(observed))
 
 
 # ----------------------------------------------------------------------------------- the study

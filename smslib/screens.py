@@ -436,7 +436,7 @@ def transfer(config: Config) -> dict[str, Any]:
     return {
         "iwelbo": float(scores["none"].mean()),
         **_gains(scores),
-        "cosine": _cosine(adapted[-1], shifts(model)[small.targets.index(mate)]),
+        "cosine": metrics.cosine(adapted[-1], shifts(model)[small.targets.index(mate)]),
         "n_scored": len(scoring),
     }
 
@@ -550,11 +550,5 @@ def _gains(scores: Mapping[str, Float[np.ndarray, " cell"]]) -> dict[str, float]
     return gains
 
 
-def _cosine(first: Float[np.ndarray, " latent"], second: Float[np.ndarray, " latent"]) -> float:
-    """Return the cosine of two shifts, 0 if one of them is nil."""
-    length = np.linalg.norm(first) * np.linalg.norm(second)
-    return float(first @ second / length) if length else 0.0
-
-
 def _mean_cosine(rows: Float[np.ndarray, "target latent"]) -> float:
-    return float(np.mean([_cosine(a, b) for a, b in itertools.combinations(rows, 2)]))
+    return float(np.mean([metrics.cosine(a, b) for a, b in itertools.combinations(rows, 2)]))

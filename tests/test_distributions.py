@@ -10,21 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.distributions import Normal, kl_divergence
 
 from smslib import distributions
 from smslib.distributions import (
     Moments,
     NegativeBinomial,
     gaussian_log_prob,
-    kl_bernoulli,
     kl_to_shifted_normal,
     stirling_error,
     straight_through_bernoulli,
 )
 
 probability = st.floats(0.0, 1.0)
-inner = st.floats(1e-6, 1 - 1e-6)
 
 
 def columns(*values, dtype=torch.float64):
@@ -245,19 +243,6 @@ def test_kl_to_a_gated_shift_is_the_sum_over_the_gate(pi, slab, mean):
     expected = (1 - pi) * fixed[0] + pi * fixed[1]
     actual = kl_to_shifted_normal(mean, variance, moments)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-
-@settings(max_examples=50)
-@given(inner, inner)
-def test_kl_bernoulli_is_torchs(pi, p):
-    pi, p = torch.tensor([pi], dtype=torch.float64), torch.tensor([p], dtype=torch.float64)
-    expected = kl_divergence(Bernoulli(pi), Bernoulli(p))
-    torch.testing.assert_close(kl_bernoulli(pi, p), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_kl_bernoulli_at_a_certain_gate():
-    pi = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    assert kl_bernoulli(pi, 0.2).tolist() == pytest.approx([-np.log(0.8), -np.log(0.2)])
 
 
 def test_gaussian_log_prob_is_scipys():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.spatial import distance
 from scipy.stats import pearsonr, spearmanr
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LassoLars, LinearRegression
@@ -113,7 +114,7 @@ INVARIANT = {
 }
 VALUES = {"Matching", "DCI", "Calibration", "Interval", "Paired", "PairedSigns"}
 # Of seeds, of tests, of any list of items: not of latents.
-OF_SEEDS = {"interval", "paired", "paired_signs", "holm", "average_precision"}
+OF_SEEDS = {"interval", "paired", "paired_signs", "holm", "average_precision", "cosine"}
 # The lasso is solved to a part in a million of the variance, the rest to rounding.
 TOLERANCE = {"dci": 1e-3}
 CASES = [(name, change) for name, (_, changes) in INVARIANT.items() for change in changes]
@@ -481,6 +482,16 @@ def test_rounding_does_not_lift_a_correlation_above_one(method):
     for seed in range(50):
         z = np.random.default_rng(seed).normal(size=(50, 3))
         assert np.abs(metrics.correlations(z, z, method=method)).max() <= 1
+
+
+@given(seed=st.integers(0, 1000))
+def test_the_cosine_is_scipys_and_of_nothing_zero(seed):
+    first, second = np.random.default_rng(seed).normal(size=(2, 7))
+    expected = 1 - distance.cosine(first, second)
+    assert metrics.cosine(first, second) == pytest.approx(expected, abs=1e-12)
+    constant = np.full(7, 0.1)
+    for nil in (np.zeros(7), constant - constant.mean()):
+        assert metrics.cosine(first, nil) == metrics.cosine(nil, first) == 0.0
 
 
 # ---------------------------------------------------------------- calibration
