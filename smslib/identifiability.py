@@ -46,6 +46,15 @@ class Diagnosis:
         return bool(self.alone.all()) and self.rank == len(self.reached)
 
     @property
+    def rotations(self) -> Bool[np.ndarray, "latent latent"]:
+        """What is left of ``mixes`` where the variances are known, as in an sVAE+.
+
+        L is then a rotation, and one that mixes two latents mixes them both ways: only latents
+        with the same targets stay mixed.
+        """
+        return self.mixes & self.mixes.T
+
+    @property
     def alone(self) -> Bool[np.ndarray, " latent"]:
         """Whether an estimate of the latent contains no other."""
         return self.mixes.sum(1) == 1

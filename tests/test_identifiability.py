@@ -56,6 +56,12 @@ def test_two_latents_always_moved_together_stay_entangled():
     assert found.rank == 3  # the axes are unknown, the space is not
 
 
+@given(GRAPHS)
+def test_a_rotation_mixes_latents_with_the_same_targets_alone(graph):
+    same = [[bool((a == b).all()) for b in graph.T] for a in graph.T]
+    assert diagnose(graph).rotations.tolist() == same
+
+
 def test_a_latent_that_is_moved_with_another_alone_mixes_one_way():
     found = diagnose(np.array([[1, 0], [1, 1]]))  # latent 1 never moves without latent 0
     assert [found.partners(k) for k in range(2)] == [(1,), ()]

@@ -131,6 +131,7 @@ def test_the_page_diagnoses_designs_as_the_library_does(phase):
         expected = diagnose(graph)
         assert found["passes"] == expected.criterion
         assert found["share"] == pytest.approx(expected.alone.mean())
+        assert found["turned"] == (expected.rotations.sum(1) == 1).all()
         seen.add(expected.criterion)
     assert seen == {True, False}
 
