@@ -45,8 +45,8 @@ SETTINGS = {
 }
 SCORES = (
     "mcc mcc_spearman mcc_within r2 r2_cv precision recall f1 average_precision shd n_edges "
-    "signed_precision signed_recall signed_f1 released_f1 mcc_new i_nll floor i_nll_gap validation_elbo calibration "
-    "dci_disentanglement dci_completeness epochs fit_cpu_seconds"
+    "signed_precision signed_recall signed_f1 released_f1 mcc_new i_nll floor i_nll_gap "
+    "validation_elbo calibration dci_disentanglement dci_completeness epochs fit_cpu_seconds"
 ).split()
 
 
