@@ -1,7 +1,10 @@
 """The scverse verbs on a small AnnData."""
 
 import copy
+import re
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from smslib import estimator
+from smslib import estimator, recipes
 from smslib.data import Cells
 from smslib.estimator import SMS, stability
 from smslib.evaluate import elbo, iwelbo
@@ -19,6 +22,7 @@ from smslib.train import History
 
 pytestmark = pytest.mark.filterwarnings("ignore:every gate is open")  # short fits
 
+README = Path(__file__).parents[1] / "README.md"
 N_GENES = 12
 SETUP = {"perturbation_key": "target", "control": "none"}
 
@@ -341,6 +345,25 @@ def test_setup_survives_a_file(tmp_path):
     assert repr(again) == (
         "SMS(60 cells, 12 genes, 3 conditions, 2 latents; not fitted: call .train())"
     )
+
+
+def test_the_lines_of_the_readme_work(tmp_path, monkeypatch):
+    (lines,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    short = replace(RECIPES["screen"], steps=10, fewest_epochs=2)
+    monkeypatch.setattr(recipes, "RECIPES", {"screen": short})
+    monkeypatch.chdir(tmp_path)
+    names = {"none": "non-targeting"}
+    for file, conditions in {
+        "my_screen": ("none", "a", "b"),
+        "new_perturbations": ("new",),
+    }.items():
+        adata = make_adata(conditions)
+        adata.obs["target"] = adata.obs["target"].replace(names)
+        adata.write_h5ad(tmp_path / f"{file}.h5ad")
+    made = {}
+    exec(lines, made)
+    assert made["adata"].obsm["X_sms"].shape == (60, 15)
+    assert made["later"].get_shifts().index.tolist() == ["a", "b", "new"]
 
 
 # ---------------------------------------------------------------- errors
