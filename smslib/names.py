@@ -1,14 +1,37 @@
-"""Names that nobody knows: what an error message says about the nearest known ones."""
+"""Names that nobody knows: what an error message says about what is there instead."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-__all__ = ["nearest_known", "unknown_names"]
+__all__ = ["from_extra", "nearest_known", "unknown_names"]
 
 _CUTOFF = 0.4  # of difflib: below, a name is no likely slip of the other
 _N_NEAREST, _N_LISTED = 3, 10
+
+
+@contextlib.contextmanager
+def from_extra(extra: str) -> Iterator[None]:
+    """Import in this block what an optional dependency brings, or say how to install it.
+
+    Parameters
+    ----------
+    extra : str
+        Name of the group of dependencies in ``pyproject.toml``.
+
+    Raises
+    ------
+    ImportError
+        If a package is not installed; it and the extra are named.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"this needs {error.name}, which is not installed: pip install 'smslib[{extra}]'"
+        ) from error
 
 
 def nearest_known(name: str, known: Iterable[str]) -> str:

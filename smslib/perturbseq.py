@@ -26,7 +26,7 @@ from torch import Tensor
 
 from smslib import sources, untrusted
 from smslib.data import Design, why_not_counts
-from smslib.names import unknown_names
+from smslib.names import from_extra, unknown_names
 from smslib.sources import SOURCES, GeneLists, Source, available, data_dir, fetch, gene_lists
 
 if TYPE_CHECKING:
@@ -217,7 +217,8 @@ def _papalexi(screen: Mapping[str, Any]) -> AnnData:
 
 
 def _parse_rda(path: Path) -> Mapping[str, Any]:
-    import rdata
+    with from_extra("data"):
+        import rdata
 
     if not _beginning(path).startswith(_RDA):
         raise ValueError(f"{path} begins with {_beginning(path)!r}; expected an .rda file")

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from smslib import streaming
-from smslib.names import unknown_names
+from smslib.names import from_extra, unknown_names
 from smslib.perturbseq import CONTROL, summarise
 from smslib.sources import TABLE_9
 
@@ -712,8 +712,10 @@ def _checked_labels(adata: AnnData, key: str, control: str) -> np.ndarray:
 
 
 def _principal_components(adata: AnnData, number: int) -> Float[np.ndarray, "cell component"]:
-    import scanpy
     from anndata import AnnData
+
+    with from_extra("data"):
+        import scanpy
 
     work = AnnData(adata.X.astype(np.float32))
     scanpy.pp.normalize_total(work, target_sum=1e4)

@@ -30,7 +30,7 @@ from smslib import metrics
 from smslib.data import Cells
 from smslib.evaluate import latents
 from smslib.model import SMSVAE
-from smslib.names import unknown_names
+from smslib.names import from_extra, unknown_names
 from smslib.newton import log_rate_and_jacobian
 
 if TYPE_CHECKING:
@@ -355,7 +355,8 @@ def _integrator(
     """
     with warnings.catch_warnings():  # tqdm's, of notebooks without widgets
         warnings.filterwarnings("ignore", message="IProgress not found")
-        from captum.attr import IntegratedGradients
+        with from_extra("data"):
+            from captum.attr import IntegratedGradients
 
     if baseline.shape != (model.n_latent,):
         raise ValueError(
@@ -704,8 +705,10 @@ def _prerank(
 
     Its ``method="multilevel"`` would resolve smaller p-values, but panics on tied weights (1.3.1).
     """
-    import gseapy
     import pandas as pd
+
+    with from_extra("data"):
+        import gseapy
 
     # Ties by name: gseapy would leave their order to chance, and say so on standard error.
     order = sorted(weights, key=lambda gene: (-weights[gene], gene))

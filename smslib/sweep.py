@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from smslib import store
+from smslib.names import from_extra
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
@@ -850,13 +851,9 @@ def _row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pyarrow() -> tuple[ModuleType, ModuleType]:
-    try:
+    with from_extra("data"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(
-            "parquet files need pyarrow, which is not installed: pip install 'smslib[data]'"
-        ) from error
     return pyarrow, parquet
 
 

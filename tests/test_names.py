@@ -1,8 +1,10 @@
-"""What messages say about unknown names."""
+"""What messages say about unknown names and packages."""
+
+import sys
 
 import pytest
 
-from smslib.names import nearest_known, unknown_names
+from smslib.names import from_extra, nearest_known, unknown_names
 
 
 @pytest.mark.parametrize(
@@ -32,3 +34,15 @@ def test_every_unknown_name_is_said_once():
 
 def test_known_names_may_come_from_an_iterator():
     assert unknown_names("gene", ["B", "C"], iter("AB")) == "unknown gene 'C'; known: ['A', 'B']"
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "json", None)
+    message = r"this needs json, which is not installed: pip install 'smslib\[plot\]'"
+    with pytest.raises(ImportError, match=message), from_extra("plot"):
+        import json  # noqa: F401
+
+
+def test_what_is_wrong_with_an_installed_package_is_not_hidden():
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"), from_extra("data"):
+        from math import nothing  # noqa: F401

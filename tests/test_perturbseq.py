@@ -255,6 +255,12 @@ def test_a_foreign_rda_says_what_it_holds(monkeypatch, tmp_path):
         perturbseq._read_papalexi(path)
 
 
+def test_without_rdata_the_way_out_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "rdata", None)
+    with pytest.raises(ImportError, match=r"needs rdata, .*pip install 'smslib\[data\]'"):
+        perturbseq._read_papalexi(tmp_path / "x.rda")
+
+
 def r_matrix(dense, rows, kind: str = "dgTMatrix") -> SimpleNamespace:
     """The slots of an R sparse matrix, as an R parser hands them over."""
     dense = np.asarray(dense)

@@ -1,6 +1,7 @@
 """Cuts of the published screens, on small files of their schemas, and the quality of a screen."""
 
 import re
+import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -467,6 +468,12 @@ def test_the_distance_is_the_linear_kernel_mmd_on_principal_components():
     assert found.index.tolist() == ["B", "C", "A"]
     np.testing.assert_allclose(found, [mmd(name) for name in found.index], rtol=1e-3)
     assert prepare.most_different(screen, 2) == ("B", "C")
+
+
+def test_without_scanpy_the_way_out_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scanpy", None)
+    with pytest.raises(ImportError, match=r"needs scanpy, .*pip install 'smslib\[data\]'"):
+        prepare.distance_to_control(screen_with_effects())
 
 
 def test_large_conditions_are_thinned_by_seed():

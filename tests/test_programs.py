@@ -6,7 +6,9 @@ import itertools
 import math
 import os
 import socket
+import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,6 +171,15 @@ def test_the_baseline_is_the_mean_control():
     ours = programs.integrated_gradients(model, cells, genes=GENES)
     told = programs.integrated_gradients(model, cells, genes=GENES, baseline=control)
     np.testing.assert_array_equal(ours.weights, told.weights)
+
+
+def test_without_its_packages_the_way_out_is_named(monkeypatch):
+    for name in ("captum.attr", "gseapy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"needs captum.attr, .*pip install 'smslib\[data\]'"):
+        programs.integrated_gradients(make_model(), make_cells(), genes=GENES)
+    with pytest.raises(ImportError, match=r"needs gseapy, .*pip install 'smslib\[data\]'"):
+        programs._prerank({"A": 1.0}, {}, {})
 
 
 def test_no_control_no_baseline():
@@ -447,6 +458,9 @@ def test_gseapy_stays_offline_quiet_and_tidy(ranking, monkeypatch, tmp_path, cap
     nothing_shared = {"x": ["G100"]}
     programs.enrich(nothing_shared, ranking[1], background=ranking[0].genes)
     assert threading.active_count() == threads[0]
+    waited = time.monotonic()
+    while n_system_threads() > threads[1] and time.monotonic() < waited + 10:
+        time.sleep(0.01)  # gseapy does not wait for its own to end
     assert n_system_threads() <= threads[1]  # one of somebody else's may have ended
     assert list(tmp_path.rglob("*")) == []
     assert capfd.readouterr() == ("", "")

@@ -813,7 +813,7 @@ def test_there_must_be_something_to_gather(tmp_path):
 def test_without_pyarrow_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for function in (lambda: sweep.gather(tmp_path, "a.parquet"), lambda: sweep.read("a.parquet")):
-        with pytest.raises(ImportError, match=r"need pyarrow, .*pip install 'smslib\[data\]'"):
+        with pytest.raises(ImportError, match=r"needs pyarrow, .*pip install 'smslib\[data\]'"):
             function()
 
 
