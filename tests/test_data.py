@@ -1,5 +1,6 @@
 """Cells, designs and the door: what goes in comes out, and bad input is told what is wrong."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -356,6 +357,25 @@ def test_seeding_the_processor_asks_no_gpu(monkeypatch):
         drawn = torch.rand(4)
     generator = torch.Generator().manual_seed(3)
     assert torch.equal(drawn, torch.rand(4, generator=generator))
+
+
+def test_one_gpu_of_several_is_seeded_and_put_back(monkeypatch):
+    """As far as the calls go, which need no GPU."""
+    done, second = [], torch.device("cuda:1")
+
+    def note(name):
+        return lambda *given: done.append((name, *given))
+
+    for name in ("set_rng_state", "manual_seed"):
+        monkeypatch.setattr(torch.cuda, name, note(name))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state of {device}")
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: contextlib.nullcontext(done.append(device))
+    )
+    with seeded(3, "cuda:1"):
+        done.append("block")
+    state = ("set_rng_state", "state of cuda:1", second)
+    assert done == [second, ("manual_seed", 3), "block", state]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
