@@ -356,7 +356,7 @@ def strip(
         Marked by a dotted line.
     linked : bool
         Join the dots of a run from group to group: values at the same place belong to the same
-        run, NaN where a group lacks it.
+        run, NaN where a group lacks it, and no line crosses such a gap.
     ax : Axes, optional
 
     Returns
@@ -786,7 +786,7 @@ def _lines(ax: Axes, lines: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
 
 
 def _link(ax: Axes, groups: Mapping[str, ArrayLike]) -> None:
-    """Join the values at the same place of every group, over the gaps that NaN leaves."""
+    """Join the values at the same place of neighbouring groups, where both have one."""
     if len(lengths := {len(values) for values in groups.values()}) > 1:
         raise ValueError(
             f"linked groups have {sorted(lengths)} values; expected the same runs in each, NaN "
@@ -794,8 +794,8 @@ def _link(ax: Axes, groups: Mapping[str, ArrayLike]) -> None:
         )
     for run, offset in enumerate(_spread(lengths.pop())):
         values = np.array([group[run] for group in groups.values()], dtype=float)
-        there = np.flatnonzero(np.isfinite(values))
-        ax.plot(values[there], there + 0.5 * offset, color="#666666", linewidth=0.6, alpha=0.6)
+        heights = np.arange(len(values)) + 0.5 * offset
+        ax.plot(values, heights, color="#666666", linewidth=0.6, alpha=0.6)
 
 
 def _check_distinguishable(n: int, what: str) -> None:

@@ -175,14 +175,15 @@ def test_strip_shows_every_value_first_group_on_top():
     assert len(plotting.strip({"a": [1.0]}, label="").lines) == 0
 
 
-def test_a_linked_strip_joins_the_dots_of_each_run_over_gaps():
-    ax = plotting.strip(
-        {"a": [1.0, 2.0], "b": [3.0, np.nan], "c": [5.0, 6.0]}, label="", linked=True
-    )
-    first, second = ([line.get_xdata().tolist(), line.get_ydata().tolist()] for line in ax.lines)
-    dots = [dots.get_offsets().tolist() for dots in ax.collections]
-    assert list(map(list, zip(*first, strict=True))) == [group[0] for group in dots]
-    assert list(map(list, zip(*second, strict=True))) == [dots[0][1], dots[2][1]]
+def test_a_linked_strip_joins_the_dots_of_each_run_and_no_gap():
+    groups = {"a": [1.0, 2.0], "b": [3.0, np.nan], "c": [5.0, 6.0]}
+    ax = plotting.strip(groups, label="", linked=True)
+    assert [line.get_xdata().tolist()[::2] for line in ax.lines] == [[1.0, 5.0], [2.0, 6.0]]
+    assert ax.lines[0].get_xdata()[1] == 3.0
+    assert np.isnan(ax.lines[1].get_xdata()[1])
+    dots = [dots.get_offsets().data for dots in ax.collections]
+    for run, line in enumerate(ax.lines):
+        np.testing.assert_array_equal(line.get_ydata(), [group[run][1] for group in dots])
 
 
 def test_a_linked_strip_wants_the_same_runs_in_each_group():
