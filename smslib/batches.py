@@ -14,7 +14,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smslib.data import LARGEST_COUNT, Cells, Design, checked, read_design, why_not_counts
+from smslib.data import (
+    LARGEST_COUNT,
+    Cells,
+    Design,
+    checked,
+    no_count,
+    read_design,
+    why_not_counts,
+)
 
 if TYPE_CHECKING:
     import anndata
@@ -133,10 +141,10 @@ class Rows:
             If they hold values that are no counts, or a cell has no UMIs.
         """
         index = index.cpu().numpy() if isinstance(index, Tensor) else index
-        counts = torch.from_numpy(self._dense(index))
+        counts = self._dense(index)
         if not isinstance(self.counts, Packed):
             self._check(counts, index)
-        return Cells(counts, self.condition[index]).to(self.device)
+        return Cells(torch.from_numpy(counts), self.condition[index]).to(self.device)
 
     def _dense(self, index: slice | np.ndarray) -> np.ndarray:
         """Return the chosen rows; a file gives them in increasing order, each once."""
@@ -145,17 +153,15 @@ class Rows:
         order, back = np.unique(np.arange(len(self))[index], return_inverse=True)
         return _as_array(self.counts[order])[back]
 
-    def _check(self, counts: Float[Tensor, "cell gene"], index: slice | np.ndarray) -> None:
+    def _check(self, counts: Float[np.ndarray, "cell gene"], index: slice | np.ndarray) -> None:
         """Refuse what `smslib.data.from_anndata` refuses of counts in memory."""
-        whole = (counts >= 0) & (counts <= LARGEST_COUNT) & (counts == counts.floor())
-        empty = counts.sum(1) == 0
-        if bool(whole.all()) and not bool(empty.any()):
+        wrong = (no_count(counts) | (counts > LARGEST_COUNT)).any(1) | (counts.sum(1) == 0)
+        if not wrong.any():
             return
-        wrong = ~whole.all(1) | empty
-        row = np.arange(len(self))[index][int(wrong.int().argmax())]
+        row = np.arange(len(self))[index][int(wrong.argmax())]
         raise ValueError(
             f"row {row} has no UMIs, or values other than raw counts (non-negative integers up to "
-            f"{LARGEST_COUNT:,}). Noticed: {why_not_counts(counts.numpy())}"
+            f"{LARGEST_COUNT:,}). Noticed: {why_not_counts(counts)}"
         )
 
 

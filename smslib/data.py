@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Real, Shaped
 from torch import Tensor
 
 from smslib.names import nearest_known, unknown_names
@@ -30,6 +30,7 @@ __all__ = [
     "from_anndata",
     "labels",
     "minibatches",
+    "no_count",
     "on_design",
     "read_design",
     "seeded",
@@ -109,6 +110,11 @@ class Design:
             (*self.targets, *conditions),
             torch.cat([old, new.to(old)]),
         )
+
+    def cells_per_target(self, condition: Int[Tensor, " cell"]) -> Float[Tensor, " target"]:
+        """Return in how many of the cells with these conditions each target is perturbed."""
+        per_condition = torch.bincount(condition.cpu(), minlength=self.n_conditions).float()
+        return (self.matrix.cpu() != 0).float().T @ per_condition
 
     def index(self, conditions: Sequence[str]) -> Int[Tensor, " chosen"]:
         """Return the rows of the named conditions.
@@ -503,7 +509,7 @@ def why_not_counts(counts: np.ndarray | scipy.sparse.csr_matrix) -> str:
     values = counts.ravel() if isinstance(counts, np.ndarray) else counts.data
     largest = f"{np.nanmax(values, initial=0):.4g}"
     noticed = (
-        f"{int(_no_count(values).sum()):,} of {values.size:,} stored values are no counts, and "
+        f"{int(no_count(values).sum()):,} of {values.size:,} stored values are no counts, and "
         f"the largest value is {largest}"
     )
     first = counts[:100]
@@ -528,7 +534,13 @@ def _whole_pass(batches: Batches) -> Iterator[Cells]:
         )
 
 
-def _no_count(values: np.ndarray) -> np.ndarray:
+def no_count(values: Real[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
+    """Say which values are no counts: not finite, negative, or not integers.
+
+    Parameters
+    ----------
+    values : array
+    """
     return ~np.isfinite(values) | (values < 0) | (values != np.floor(values))
 
 
@@ -621,7 +633,7 @@ def _check_counts(
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{where} holds values of type {values.dtype}; expected real numbers")
-    bad = _no_count(values)
+    bad = no_count(values)
     if bad.any():
         cell, gene = _first(bad, counts)
         others = [name for name in (None, *adata.layers) if name != layer]

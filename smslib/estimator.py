@@ -107,7 +107,7 @@ class SMS:
         self.history: History | None = None
         self._seed, self._trained_on = seed, _digest(adata)
         train = self._cells[self._rows()[0]]
-        self._seen = _cells_per_target(train, design)
+        self._seen = design.cells_per_target(train.condition).tolist()
         self.module, self._config = recipes.build(
             train,
             design,
@@ -310,8 +310,7 @@ class SMS:
         front = copy.copy(self)
         front._stand(adata, cells, setup, self._genes)
         front.module = transfer.adapt(self.module, cells, design=design, gates=gates)
-        n_known = known.n_targets
-        seen = _cells_per_target(cells, design)[n_known:]
+        seen = design.cells_per_target(cells.condition)[known.n_targets :].tolist()
         front._seen = [*self._seen, *(seen if gates == "learned" else [np.inf] * len(seen))]
         return front
 
@@ -433,6 +432,8 @@ def stability(models: Sequence[SMS], *, threshold: float = 0.5) -> pd.DataFrame:
     ValueError
         If there are fewer than two, or they differ in cells, targets or number of latents.
     """
+    import pandas as pd
+
     if len(models) < 2:
         raise ValueError(f"models holds {len(models)}; expected two fits or more to compare")
     graphs = [model.get_graph() > threshold for model in models]
@@ -445,7 +446,7 @@ def stability(models: Sequence[SMS], *, threshold: float = 0.5) -> pd.DataFrame:
         )
     partners = [metrics.match_latents(codes[0], code).cols for code in codes]
     shares = np.mean([g.to_numpy()[:, p] for g, p in zip(graphs, partners, strict=True)], axis=0)
-    return graphs[0].astype(float).mul(0.0).add(shares)
+    return pd.DataFrame(shares, index=graphs[0].index)
 
 
 def _setup_of(adata: anndata.AnnData) -> Mapping[str, str] | None:
@@ -480,12 +481,6 @@ def _aligned(
 def _digest(adata: anndata.AnnData) -> str:
     """Return what tells these cells, in this order, from others: by their names."""
     return hashlib.sha256("\n".join(adata.obs_names).encode()).hexdigest()
-
-
-def _cells_per_target(cells: Cells, design: Design) -> list[float]:
-    """Return in how many cells each target is perturbed."""
-    per_condition = torch.bincount(cells.condition.cpu(), minlength=design.n_conditions)
-    return ((design.matrix.cpu() != 0).float().T @ per_condition.float()).tolist()
 
 
 def _weights_of(path: str | os.PathLike) -> str:

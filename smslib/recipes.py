@@ -12,14 +12,12 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-import torch
-
 from smslib.data import Cells, Design
 from smslib.model import SMSVAE
 from smslib.priors import LogitGate
 from smslib.train import TrainConfig
 
-__all__ = ["CHANGES", "CORRECTIONS", "RECIPES", "Recipe", "build"]
+__all__ = ["CHANGES", "CORRECTIONS", "RECIPES", "Recipe", "build", "strength_at"]
 
 _BETA = 10.0  # of beta-VAE; the middle of the paper's grid {8, 10, 30}
 # sVAE+ keeps the edges whose shift exceeds sqrt(4 (alpha - 1) / n) prior standard deviations,
@@ -287,23 +285,31 @@ def _strength(
     if method not in ("svae", "svae+"):
         return sparsity
     if plan.sparsity != "grid":
-        alpha = _alpha(plan, cells, design)
-        default = alpha if method == "svae+" else 2.0 * (alpha - 1.0)
-        return default if sparsity is None else sparsity
+        return strength_at(_alpha(plan, cells, design), method) if sparsity is None else sparsity
     strength = _LARGEST_IN_GRID if sparsity is None else sparsity
     per_gate = len(cells) / max(1, design.n_targets * n_latent)  # 1: of controls alone
     return strength if method == "svae+" else strength * per_gate
+
+
+def strength_at(alpha: float, method: str) -> float | None:
+    """Return the sparsity by which a method keeps the edges that sVAE+ keeps at an alpha.
+
+    Parameters
+    ----------
+    alpha : float
+    method : str
+
+    Returns
+    -------
+    float or None
+        Of sVAE, nats per open gate; None for a method whose sparsity is another one, or none.
+    """
+    return {"svae+": alpha, "svae": 2.0 * (alpha - 1.0)}.get(method)
 
 
 def _alpha(plan: Recipe, cells: Cells, design: Design) -> float:
     """Return the alpha of a recipe that adapts it to the screen."""
     if plan.sparsity == "targets":
         return float(max(1, design.n_targets))  # 1: of controls alone
-    return max(2.0, _ALPHA_PER_CELL * _cells_per_target(cells, design))
-
-
-def _cells_per_target(cells: Cells, design: Design) -> float:
-    """Return the median number of cells in which a target is perturbed."""
-    counts = torch.bincount(cells.condition.cpu(), minlength=design.n_conditions).float()
-    per_target = (design.matrix.cpu() != 0).float().T @ counts
-    return float(per_target.median())
+    median = float(design.cells_per_target(cells.condition).median())
+    return max(2.0, _ALPHA_PER_CELL * median)

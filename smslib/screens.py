@@ -164,9 +164,7 @@ def build(
     The recipe is "screen" of `smslib.recipes`: the one of the simulations would shut most real
     edges. sVAE is given the strength with the same threshold as sVAE+.
     """
-    strength = None
-    if sparsity is not None:
-        strength = {"svae+": sparsity, "svae": 2.0 * (sparsity - 1.0)}.get(method)
+    strength = None if sparsity is None else recipes.strength_at(sparsity, method)
     options = {"n_latent": n_latent, "sparsity": strength, "seed": seed, "epochs": epochs}
     model, config = recipes.build(cells, design, method=method, recipe="screen", **options)
     return model, replace(config, **{"batch_size": _BATCH, **(training or {})})
