@@ -81,7 +81,8 @@ def pinned(shift: Shaped[np.ndarray, ...]) -> bool:
     shift = _checked(shift)
     direction, n_shifted = candidates(shift)
     mixes = np.abs(direction) > _ZERO
-    rival = np.where(mixes, (shift != 0).sum(0), 0).max(1)
+    shifted = np.abs(shift) > _ZERO * np.abs(shift).max()  # zero means the same everywhere
+    rival = np.where(mixes, shifted.sum(0), 0).max(1)
     mixed = mixes.sum(1) > 1
     spans = np.linalg.matrix_rank(shift) == shift.shape[1]
     return bool(spans and (n_shifted > rival)[mixed].all())

@@ -409,6 +409,9 @@ def experiment(config: Config) -> dict[str, Any]:
     adapted = time.process_time()
     scores = _scores(stages, scoring, parts)
     scored = time.process_time()
+    if config["arm"] == "published":
+        # Its refit has trained the encoder once more: the latents of all cells are this one's.
+        done = done._replace(model=stages["before"].model)
     return {
         "perturbations": list(parts.held),
         "n_adapted": _per_condition(parts, parts.adaptation),
@@ -939,14 +942,19 @@ def _finite(value: float | int) -> float | int | None:
 
 
 def _tests(runs: pd.DataFrame, other: str, unit: str) -> dict[str, metrics.PairedSigns]:
-    """Return the test of every group in which both methods have runs."""
+    """Return the test of every group in which both methods have runs.
+
+    Held-out single targets are tested together as well, where they have the same seeds.
+    """
+    import pandas as pd
+
     tables = {group: _gap(some, other) for group, some in runs.groupby("group", sort=False)}
     tables = {group: gap for group, gap in tables.items() if gap.size}
     singles = [gap for gap in tables.values() if gap.shape[1] == 1]
-    if len({len(gap) for gap in singles}) == 1 and len(singles) > 1:
-        tables["singles"] = np.hstack(singles)
+    if len(singles) > 1 and all(gap.index.equals(singles[0].index) for gap in singles):
+        tables["singles"] = pd.concat(singles, axis=1)
     axis = 1 if unit == "seeds" else 0
-    gaps = {group: gap.mean(axis) for group, gap in tables.items()}
+    gaps = {group: gap.to_numpy().mean(axis) for group, gap in tables.items()}
     return {
         group: metrics.paired_signs(gap, np.zeros_like(gap))
         for group, gap in gaps.items()
@@ -954,14 +962,19 @@ def _tests(runs: pd.DataFrame, other: str, unit: str) -> dict[str, metrics.Paire
     }
 
 
-def _gap(runs: pd.DataFrame, other: str) -> Float[np.ndarray, "seed perturbation"]:
-    """Subtract another method's IWELBO from that of sVAE+, for the seeds that both have."""
+def _gap(runs: pd.DataFrame, other: str) -> pd.DataFrame:
+    """Subtract another method's IWELBO from that of sVAE+, for the seeds that both have.
+
+    A row per seed, a column per perturbation.
+    """
+    import pandas as pd
+
     ours, theirs = (
         runs[runs["method"] == name].set_index("seed")["iwelbo_after"] for name in ("svae+", other)
     )
-    both = ours.index.intersection(theirs.index)
+    both = ours.index.intersection(theirs.index).sort_values()
     first, second = (np.array(part.loc[both].tolist(), dtype=float) for part in (ours, theirs))
-    return first - second if len(both) else np.empty((0, 0))
+    return pd.DataFrame(first - second, index=both)
 
 
 # ------------------------------------------------------------------------------ command line

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -544,13 +545,17 @@ def _clusters(
 ) -> dict[str, tuple[str, ...]]:
     """Partition the targets: pathways, then clusters given, then groups of what is left."""
     clusters, left = dict(symbols.pathways), dict.fromkeys(symbols.targets)
-    for name, members in [*clusters.items(), *given.items()]:
+    for group in clusters.values():
+        left = {target: None for target in left if target not in group}
+    for name, members in given.items():
         group = tuple(target for target in dict.fromkeys(members) if target in left)
-        clusters |= {name: group} if group else {}
+        # A cluster may be called like a pathway that some of it belongs to.
+        clusters |= {f"{name} (rest)" if name in clusters else name: group} if group else {}
         left = {target: None for target in left if target not in group}
     n_groups = max(1, round(len(_REST) * len(left) / sum(_REST)))
-    numbered = enumerate(_split(tuple(left), _REST[:n_groups]), start=len(clusters) + 1)
-    return clusters | {f"cluster-{number:02d}": group for number, group in numbered}
+    numbered = (f"cluster-{number:02d}" for number in count(len(clusters) + 1))
+    free = (name for name in numbered if name not in clusters)
+    return clusters | dict(zip(free, _split(tuple(left), _REST[:n_groups]), strict=False))
 
 
 def _invented(pathways: Mapping[str, int] | None, n_targets: int, n_genes: int) -> _Symbols:

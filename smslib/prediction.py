@@ -358,13 +358,13 @@ def training_mean(
 def additive(known: Known, dose: Float[np.ndarray, "new target"]) -> Float[np.ndarray, "new gene"]:
     """Predict a condition's own training effect, or the sum of its targets' effects.
 
-    A target that was never perturbed alone adds nothing.
+    Of a target that was perturbed alone at several doses, the effect per unit of dose is that of
+    least squares; one that never was adds nothing.
     """
     alone = (known.dose != 0).sum(1) == 1
-    singles = np.zeros((dose.shape[1], known.effects.shape[1]))
-    for row, effect in zip(known.dose[alone], known.effects[alone], strict=True):
-        singles[np.argmax(row)] = effect / row.max()
-    predicted = dose @ singles
+    single, effects = known.dose[alone], known.effects[alone]
+    size = (single**2).sum(0)[:, None]
+    predicted = dose @ (single.T @ effects / np.where(size > 0, size, 1.0))
     for place, row in enumerate(dose):
         same = (known.dose == row).all(1)
         if same.any():
@@ -479,7 +479,7 @@ def embed(
             f"n_components is {n_components} for {len(genes)} genes; expected 1 to {len(genes)}"
         )
     logs = np.log1p(library * counts / counts.sum(1, keepdims=True, dtype=float))
-    variance, axes = np.linalg.eigh(np.cov(logs, rowvar=False))
+    variance, axes = np.linalg.eigh(np.atleast_2d(np.cov(logs, rowvar=False)))
     variance, axes = variance[: -n_components - 1 : -1], axes[:, : -n_components - 1 : -1]
     loadings = axes * np.sqrt(np.maximum(variance, 0.0))
     row = {name: place for place, name in enumerate(genes)}

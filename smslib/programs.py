@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -484,8 +485,9 @@ def _gene_set(line: str, where: str) -> tuple[str, tuple[str, ...]]:
             f"{where}: field {[name, None, *genes].index('') + 1} is empty; expected a name and "
             "genes without gaps (two tabs in a row, perhaps)"
         )
-    odd = [field for field in (name, *genes) if not field.isprintable() or field.count(",")]
-    if odd and (not odd[0].isprintable() or odd[0] != name):
+    odd = [field for field in (name, *genes) if not field.isprintable()]
+    odd += [gene for gene in genes if "," in gene]
+    if odd:
         raise ValueError(
             f"{where}: {odd[0]!r} is no gene symbol; expected printable names without commas "
             "(weights such as 'STAT1,1.0' have to go)"
@@ -525,20 +527,22 @@ def enrich(
         Of rankings. Half of them or so enrich the same end as the set, so that no p-value is
         smaller than ``2 / (n_permutations + 2)``.
     seed : int
-        Of the permutations.
+        Of the permutations, and of the order of genes with the same weight.
 
     Returns
     -------
     DataFrame
         A row per query and set, most significant first: ``query`` (latent or name), ``set``,
         ``set_size`` and ``query_size`` (measured genes), ``score`` (normalised enrichment score,
-        negative at the bottom of the ranking; odds ratio for lists), ``p_value``, ``q_value``
+        negative at the bottom of the ranking, NaN if no permutation enriches that end; odds ratio
+        for lists), ``p_value``, ``q_value``
         (Benjamini-Hochberg over all rows) and ``genes`` (leading edge; those shared).
 
     Raises
     ------
     ValueError
-        If lists come without background or hold genes outside of it, or no set is of the sizes.
+        If there is nothing to test; if lists come without background or hold genes outside of it;
+        or if no set is of the sizes.
 
     Notes
     -----
@@ -548,6 +552,10 @@ def enrich(
     """
     import pandas as pd
 
+    if not len(query):
+        raise ValueError(
+            "there is nothing to test: the query is empty; expected programs or lists"
+        )
     is_ranking = isinstance(query, Programs)
     measured = _checked_background(query, background)
     tested = _tested(sets, measured, min_size, max_size)
@@ -689,13 +697,23 @@ def _ranked(
         nothing = {"score": 0.0, "p_value": 1.0, "genes": ()}
         return [{**size, **nothing} for size in sizes.values()]
     table = _prerank(dict(zip(programs.genes, weights.tolist(), strict=True)), sets, options)
-    half = options["permutation_num"] / 2  # those that enrich the same end, more or less
     rows = []
     for key, score, share, lead in zip(*table, strict=True):
-        p_value = (float(share) * half + 1) / (half + 1)
-        row = {**sizes[key], "score": float(score), "p_value": p_value}
-        rows.append({**row, "genes": tuple(lead.split(";"))})
+        found = _against_its_end(float(score), float(share), options["permutation_num"])
+        rows.append({**sizes[key], **found, "genes": tuple(lead.split(";"))})
     return rows
+
+
+def _against_its_end(score: float, share: float, n_permutations: int) -> dict[str, float]:
+    """Return score and p-value, the ranking itself counted among the permutations of its end.
+
+    gseapy says p = 1 with a score of one if no permutation enriches that end, as in rankings
+    that are skewed; then the set is further out than all of them.
+    """
+    if share == 1.0 and abs(score) == 1.0:
+        score, share = math.nan, 0.0
+    half = n_permutations / 2  # those that enrich the same end, more or less
+    return {"score": score, "p_value": (share * half + 1) / (half + 1)}
 
 
 def _prerank(
@@ -710,8 +728,11 @@ def _prerank(
     with from_extra("data"):
         import gseapy
 
-    # Ties by name: gseapy would leave their order to chance, and say so on standard error.
-    order = sorted(weights, key=lambda gene: (-weights[gene], gene))
+    # Ties by lot, as in gseapy, but in silence; by name, families of genes would stand together.
+    genes = sorted(weights)
+    place = np.random.default_rng(options["seed"]).permutation(len(genes))
+    lot = dict(zip(genes, place.tolist(), strict=True))
+    order = sorted(genes, key=lambda gene: (-weights[gene], lot[gene]))
     ranking = pd.Series({gene: weights[gene] for gene in order}, name="weight")
     quiet = {"outdir": None, "no_plot": True, "threads": 1, "ascending": None}
     with contextlib.redirect_stderr(io.StringIO()):

@@ -228,7 +228,8 @@ def leave_out(
         If a condition is unknown.
     ValueError
         If nothing is held out, the control is, or no perturbation is left to train on; if a
-        condition repeats; or if a combination that is kept perturbs a target held out.
+        condition repeats; if a combination that is kept perturbs a target held out; or if a
+        condition that is kept has the same targets and doses as one held out.
     """
     names = [held] if isinstance(held, str) else list(held)
     rows = design.index(names)
@@ -265,6 +266,7 @@ def without(design: Design, held: Sequence[str]) -> Design:
             f"{design.n_conditions - 1} to train on; expected some of them, each once, and not "
             f"the control {design.conditions[0]!r}"
         )
+    _check_other_names(design, rows, kept)
     matrix = design.matrix[kept]
     touched = matrix.ne(0).any(0).tolist()
     targets = [name for name, keep in zip(design.targets, touched, strict=True) if keep]
@@ -276,6 +278,21 @@ def without(design: Design, held: Sequence[str]) -> Design:
         )
     names = tuple(design.conditions[row] for row in kept)
     return Design(names, tuple(targets), matrix[:, torch.tensor(touched)])
+
+
+def _check_other_names(design: Design, held: Sequence[int], kept: Sequence[int]) -> None:
+    """Refuse to train on what is held out under another name, such as B+A for A+B."""
+    twins = [
+        f"{design.conditions[out]!r} as {design.conditions[row]!r}"
+        for out in held
+        for row in kept
+        if torch.equal(design.matrix[out], design.matrix[row])
+    ]
+    if twins:
+        raise ValueError(
+            f"held out, and yet trained on under another name: {', '.join(twins)}; hold both out, "
+            "or give these cells one label"
+        )
 
 
 def transfer_scores(

@@ -69,6 +69,11 @@ def test_the_criterion_is_not_enough_with_one_strength_per_target():
     assert not pinned(triangle)
 
 
+def test_what_rounding_leaves_of_a_zero_is_one():
+    shift = np.array([[1.0, 0], [2, 0], [0, 1], [0, 3], [1, 1]])
+    assert pinned(np.where(shift == 0, 1e-12, shift))
+
+
 @pytest.mark.parametrize(
     ("shape", "says"),
     [((3,), "expected"), ((3, 1), "two latents"), ((2, 3), "conditions"), ((90, 5), "choices")],

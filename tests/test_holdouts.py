@@ -234,6 +234,34 @@ def test_the_published_arm_runs_by_gradients(method):
     assert not any("learned" in name or name.endswith("sum") for name in found)
 
 
+def test_latents_of_the_published_arm_are_read_by_the_encoder_it_refitted(toy):
+    """Its recall of the true latents is that of the model that is adapted, for all cells alike."""
+    config = CONFIG | {"arm": "published", "adapt_epochs": 1}
+    parts = holdouts.split(config, toy)
+    done = holdouts._fit(config, toy, parts)
+    refitted = holdouts._stages(config, toy, parts, done)["after"].model
+    true = toy.truth.z[positions(parts.train)].numpy()
+    by_hand = metrics.mcc(true, holdouts.latents(refitted, done.train))
+    assert holdouts.experiment(config)["mcc"] == pytest.approx(by_hand, abs=1e-5)
+    assert metrics.mcc(true, holdouts.latents(done.model, done.train)) != pytest.approx(by_hand)
+
+
+def test_single_targets_are_tested_together_where_they_have_the_same_seeds():
+    lead = {"a": {0: 1.0, 1: 11.0, 2: 21.0}, "b": {2: -19.0, 0: 3.0, 1: -9.0}}
+    rows = [
+        {"method": method, "group": group, "seed": seed, "iwelbo_after": [value * other]}
+        for method, other in (("svae+", 1), ("vae", 0))
+        for group, by_seed in lead.items()
+        for seed, value in by_seed.items()
+    ]
+    together = holdouts._tests(pd.DataFrame(rows), "vae", "seeds")["singles"]
+    assert together.mean == pytest.approx(4 / 3)  # of 2, 1 and 1, seed by seed
+    assert together.p_sign_flip == pytest.approx(2 / 8)
+    for row in rows:
+        row["seed"] += row["group"] == "b"  # three seeds each, but not the same three
+    assert "singles" not in holdouts._tests(pd.DataFrame(rows), "vae", "seeds")
+
+
 # ---------------------------------------------------------------- sums
 
 

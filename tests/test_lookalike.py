@@ -395,6 +395,15 @@ def test_given_clusters_are_used_for_what_no_pathway_has():
     assert sorted(members) == sorted(f"A{n}" for n in range(60))
 
 
+def test_clusters_of_the_same_name_are_told_apart():
+    given = {"one": ["A0", "A1", "A2"], "cluster-04": ["A3"]}
+    _, clusters = lookalike._symbols(lists(clusters=given), None, 60, 120)
+    assert (clusters["one"], clusters["one (rest)"]) == (("A0", "A1"), ("A2",))
+    assert clusters["cluster-04"] == ("A3",)
+    members = [target for group in clusters.values() for target in group]
+    assert sorted(members) == sorted(f"A{n}" for n in range(60))
+
+
 def test_invented_names_are_told_from_real_ones(small):
     assert small.design.targets[:2] == ("T01", "T02")
     assert small.genes[-1] == "G120"

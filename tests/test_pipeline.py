@@ -244,6 +244,9 @@ def test_a_real_may_not_move_further(value, relative, sign):
         ("True", "False", False),
         ("<A at 0x7f3a2b4c>", "<A at 0x55aa66bb77>", True),
         ("1.0 2.0", "1.0", False),
+        ("1,999.9 UMIs", "2,000.1 UMIs", True),
+        ("1,999 UMIs", "2,000 UMIs", False),
+        ("# -", "5 -", False),
     ],
 )
 def test_texts_are_compared_as_a_reader_would(stored, fresh, same):
@@ -382,6 +385,12 @@ def test_the_parameter_cell_is_read_as_values(repository):
     assert pages.parameter_cell(notebook) == {"profile": "quick", "device": "cpu", "seed": 0}
     with pytest.raises(ValueError, match="expected one cell tagged 'parameters', found 0"):
         pages.parameter_cell(v4.new_notebook())
+
+
+def test_a_parameter_may_be_any_literal():
+    cell = v4.new_code_cell("a = 'x#y'  # why\nb = [1, None]", metadata={"tags": ["parameters"]})
+    notebook = v4.new_notebook(cells=[cell])
+    assert pages.parameter_cell(notebook) == {"a": "x#y", "b": [1, None]}
 
 
 def test_missing_data_are_those_declared_and_not_available(repository):

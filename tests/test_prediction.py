@@ -307,6 +307,15 @@ def test_additive_by_hand():
     np.testing.assert_array_equal(never, [0.0, 0.0, 0.0])
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_doses_of_a_target_tell_its_effect_together_and_may_be_negative(order):
+    """Effects 1 at dose .5 and 3 at 1: (.5 + 3) / 1.25 a unit; of the other one -2 at -1."""
+    dose, shown = np.array([[0.5, 0], [1, 0], [0, -1.0]]), np.array([[1.0], [3.0], [-2.0]])
+    known = KNOWN._replace(dose=dose[order], effects=shown[order])
+    found = additive(known, np.array([[2.0, 0], [2.0, 1.0]]))
+    np.testing.assert_allclose(found, [[5.6], [7.6]])
+
+
 def test_shrunk_additive_by_hand():
     seen, unseen, exact, never = additive_shrunk(KNOWN, NEW)
     np.testing.assert_allclose(seen, 7.0 / 3.0)  # squared errors 98 of 147: a third is signal
@@ -383,6 +392,10 @@ def test_unmeasured_targets_have_nothing_in_common():
 def test_too_many_components_are_refused():
     with pytest.raises(ValueError, match="n_components is 5 for 2 genes; expected 1 to 2"):
         embed(np.ones((3, 2)), ["a", "b"], ["a"], n_components=5)
+
+
+def test_a_single_gene_is_its_own_axis():
+    assert abs(embed(np.array([[1.0], [3.0]]), ["a"], ["a"], n_components=1)[1]) == 1
 
 
 # ---------------------------------------------------------------- scores

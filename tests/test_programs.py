@@ -296,6 +296,7 @@ def test_a_gmt_file_by_hand(tmp_path):
         ("A\tx\tG1\t\tG2\n", "line 1: field 4 is empty"),
         ("A\tx\tG1\nB\tx\tG1\n\nA\tx\tG2\n", "line 4: set 'A' stands in line 1 already"),
         ("A\tx\tSTAT1,1.0\n", "line 1: 'STAT1,1.0' is no gene symbol"),
+        ("A, or B\tx\tSTAT1,1.0\n", "line 1: 'STAT1,1.0' is no gene symbol"),
         ("A\tx\tG1\nB\tx\tG\x001\n", r"line 2: 'G\\x001' is no gene symbol"),
         ("A\x07\tx\tG1\n", r"line 1: 'A\\x07' is no gene symbol"),
         (b"A\tx\tG1\nB\tx\t\xff\xfe\n", "line 2: byte 0xff is not UTF-8"),
@@ -380,6 +381,7 @@ def test_the_background_counts():
             r"none of 1 gene sets has 9 to 19",
         ),
         ({"x": ["M1"]}, {"background": MEASURED, "max_size": 2}, r"largest have \[4\]"),
+        ({}, {"background": MEASURED}, "nothing to test"),
     ],
 )
 def test_enrichment_refuses(lists, options, message):
@@ -442,6 +444,24 @@ def test_ties_are_no_news(ranking, capfd):
         programs.enrich(tied, ranking[1]), programs.enrich(turned, ranking[1])
     )
     assert capfd.readouterr() == ("", "")
+
+
+def test_genes_that_a_latent_does_not_move_are_no_finding_whatever_their_names():
+    """Names decide the order of the genes before the lot is drawn, and nothing else."""
+    weights = make_programs(np.r_[np.random.default_rng(0).normal(size=60), np.zeros(60)][None])
+    silent = sorted(weights.genes[60:])
+    families = {f"family {n}": silent[6 * n : 6 * n + 6] for n in range(10)}
+    p_value = programs.enrich(weights, families, n_permutations=1000)["p_value"]
+    assert p_value.min() > 0.1  # by name the outermost family had the smallest one possible
+
+
+def test_a_set_further_out_than_every_permutation_has_the_smallest_p_value():
+    """Where all weights are positive no permutation enriches the lower end."""
+    weights = make_programs(np.sort(np.random.default_rng(0).exponential(size=300) + 0.05)[None])
+    lowest = {"lowest": weights.genes[:100]}
+    found = programs.enrich(weights, lowest, n_permutations=1000).loc[0]
+    assert found["p_value"] == pytest.approx(1 / 501)
+    assert np.isnan(found["score"])
 
 
 def test_gseapy_stays_offline_quiet_and_tidy(ranking, monkeypatch, tmp_path, capfd):

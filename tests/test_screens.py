@@ -114,6 +114,14 @@ def test_a_target_is_not_held_out_while_its_combination_is_kept():
         screens.without(design, ["a"])
 
 
+def test_a_perturbation_is_not_held_out_and_trained_on_under_another_name():
+    matrix = torch.tensor([[0, 0], [1, 1.0], [1, 1], [1, 0], [0, 1]])
+    design = Design(("control", "a+b", "b+a", "a", "b"), ("a", "b"), matrix)
+    with pytest.raises(ValueError, match=r"under another name: 'a\+b' as 'b\+a'; hold both out"):
+        screens.without(design, ["a+b"])
+    assert screens.without(design, ["a+b", "b+a"]).conditions == ("control", "a", "b")
+
+
 def test_leaving_out_an_unknown_target_names_the_known():
     cells = Cells(torch.ones(2, 1), torch.tensor([0, 1]))
     with pytest.raises(KeyError, match="unknown condition 'aa'; nearest known"):

@@ -174,6 +174,7 @@ def test_a_notebook_that_names_an_unknown_experiment_is_a_warning(complaints):
         ("03_full.n", "", "5"),
         ("03_full.name", "", "sVAE-plus"),
         ("03_full.drop", ".1f", "−0.5"),
+        ("03_full.drop", ".0f", "0"),
         ("03_full.each", ".1f", "0.1, 0.2"),
     ],
 )
@@ -370,10 +371,20 @@ def test_html_is_mended_for_screen_readers():
 
 
 def test_outputs_that_scroll_are_reached_by_keys_and_no_others():
-    narrow = '<div class="cell_output docutils"><img class="a" src="x"></div>'
-    wide = '<div class="docutils cell_output"><p>\n<img alt="b" class="wide" src="x"></div>'
-    focused = wide.replace('cell_output"', 'cell_output" tabindex="0"')
-    assert accessible.mended(narrow + wide + narrow) == narrow + focused + narrow
+    outputs = [nodes.container(classes=["cell_output"]) for _ in range(2)]
+    wide, prose = nodes.image(uri="headline.png"), nodes.image(uri="headline.png")
+    outputs[1] += nodes.figure("", wide)
+    page = nodes.section("", *outputs, nodes.paragraph("", "", prose))
+    document = new_document("page")
+    document += page
+    app = SimpleNamespace(srcdir=ROOT / "book" / "_static")
+    accessible._mark_wide(app, document, "page")
+    assert [image["classes"] for image in (wide, prose)] == [["wide"], ["wide"]]
+    assert [output["classes"][1:] for output in outputs] == [[], ["scrolls"]]
+    html = '<div class="cell_output docutils container"><div class="cell_output scrolls docutils">'
+    assert accessible.mended(html) == html.replace(
+        'scrolls docutils"', 'scrolls docutils" tabindex="0"'
+    )
 
 
 def test_the_width_of_a_figure_is_read_from_the_file():

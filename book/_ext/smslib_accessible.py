@@ -12,11 +12,7 @@ _EMPTY_HEADING = re.compile(r"<th(?P<attributes>(?:\s[^>]*)?)>\s*(?:<p>\s*</p>\s
 # docutils writes a list whose items have a role that is no longer one of list items.
 _ENTRY = 'role="doc-biblioentry"'
 # An output that a phone scrolls sideways has to be reachable by keys: one with a wide figure.
-_OUTPUT = '<div class="[^"]*cell_output'
-_SCROLLS = re.compile(
-    rf'(?P<output>{_OUTPUT}[^"]*")(?=>(?:(?!{_OUTPUT}).)*?<img [^>]*class="[^"]*\bwide\b)',
-    re.DOTALL,
-)
+_SCROLLS = re.compile(r'<div class="[^"]*\bscrolls\b[^"]*"')
 # And a drawing, which keeps a width at which its words can be read.
 _DRAWING = re.compile(r'<figure(?P<attributes>[^>]*)>(?=\s*<img [^>]*src="[^"]*\.svg")')
 _WIDE = 800  # pixels
@@ -28,7 +24,7 @@ def mended(html: str) -> str:
     Outputs and drawings that scroll can be reached by keys.
     """
     html = _EMPTY_HEADING.sub(r"<td\g<attributes>></td>", html)
-    html = _SCROLLS.sub(r'\g<output> tabindex="0"', html)
+    html = _SCROLLS.sub(r'\g<0> tabindex="0"', html)
     html = _DRAWING.sub(r'<figure\g<attributes> tabindex="0">', html)
     return html.replace(_ENTRY, 'role="listitem"')
 
@@ -45,6 +41,16 @@ def _mark_wide(app: Sphinx, doctree: nodes.document, page: str) -> None:
         path = Path(app.srcdir, image["uri"])
         if path.is_file() and png_width(path) > _WIDE:
             image["classes"].append("wide")
+            if output := _output_of(image):
+                output["classes"].append("scrolls")
+
+
+def _output_of(node: nodes.Node) -> nodes.Element | None:
+    """Return the output of a cell that a node stands in, if it stands in one."""
+    while node := node.parent:
+        if "cell_output" in node["classes"]:
+            return node
+    return None
 
 
 def _mend(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document) -> None:

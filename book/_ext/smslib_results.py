@@ -68,7 +68,10 @@ def show(value: Any, spec: str) -> str:  # noqa: ANN401
         message = f"{value!r} needs a format, such as ':.2f'"
         raise ValueError(message)
     text = format(value, spec)
-    return text if isinstance(value, str) else text.replace("-", "\N{MINUS SIGN}")
+    if isinstance(value, str):
+        return text
+    rounds_to_zero = set(text) & set("0123456789") == {"0"}  # and has no sign
+    return text.replace("-", "" if rounds_to_zero else "\N{MINUS SIGN}")
 
 
 def split_format(text: str) -> tuple[str, str]:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?(?![\w])")
+NUMBER = re.compile(
+    r"(?<![\w.])[-+−]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?![\w])"
+)
+_PLACE = "\0"  # of a number; no text holds it
 IMAGES = ("image/png", "image/jpeg", "image/svg+xml", "application/pdf")
 # Object addresses and the random ids of styled tables: different in every process.
 _NOISE = re.compile(r"(?<=0x)[0-9a-f]{6,}|(?<=\bT_)[0-9a-f]{5}(?=_|\b)")
@@ -32,8 +35,8 @@ class Tolerance:
         if first == second:
             return True
         if _is_integer(first) and _is_integer(second):
-            return int(_minus(first)) == int(_minus(second))
-        a, b = float(_minus(first)), float(_minus(second))
+            return int(_plain(first)) == int(_plain(second))
+        a, b = float(_plain(first)), float(_plain(second))
         # .8 - .7 is a little more than .1, in binary
         rtol, atol = (bound * (1 + 1e-9) for bound in (self.rtol, self.atol))
         return math.isclose(a, b, rel_tol=rtol, abs_tol=atol)
@@ -79,13 +82,13 @@ def _is_integer(written: str) -> bool:
     return not any(mark in written for mark in ".eE")
 
 
-def _minus(written: str) -> str:
-    return written.replace("−", "-")
+def _plain(written: str) -> str:
+    return written.replace("−", "-").replace(",", "")
 
 
 def _text(text: str) -> str:
     """Return what lies between the numbers, freed of layout."""
-    skeleton = _LAYOUT.sub(" ", NUMBER.sub(" # ", text))
+    skeleton = _LAYOUT.sub(" ", NUMBER.sub(f" {_PLACE} ", text))
     return "\n".join(" ".join(line.split()) for line in skeleton.strip().splitlines())
 
 

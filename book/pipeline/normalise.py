@@ -41,7 +41,8 @@ def quantise(png: bytes, *, colours: int = COLOURS) -> bytes:
     page = Image.new("RGBA", image.size, "white")
     page.alpha_composite(image)
     reduced = io.BytesIO()
-    palette = page.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    # By median cut alone rare colours, such as those of a colour bar, turn into others.
+    palette = page.convert("RGB").quantize(colours, kmeans=1, dither=Image.Dither.NONE)
     palette.save(reduced, format="PNG", optimize=True, dpi=image.info.get("dpi", (96, 96)))
     return min(png, reduced.getvalue(), key=len)
 

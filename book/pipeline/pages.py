@@ -1,7 +1,7 @@
 """What the pipeline knows about a notebook from its text: pair, parameters, data, profile."""
 
+import ast
 import importlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,10 @@ def parameter_cell(notebook: NotebookNode) -> dict[str, Any]:
     if len(cells) != 1:
         message = f"expected one cell tagged 'parameters', found {len(cells)}"
         raise ValueError(message)
-    assignments = re.findall(r"^(\w+)\s*=\s*(.+?)\s*(?:#.*)?$", cells[0].source, re.MULTILINE)
-    return {name: yaml.safe_load(value) for name, value in assignments}
+    assignments = [
+        line for line in ast.parse(cells[0].source).body if isinstance(line, ast.Assign)
+    ]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in assignments}
 
 
 def declared(notebook: NotebookNode, key: str) -> list[str]:
