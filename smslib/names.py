@@ -10,6 +10,7 @@ __all__ = ["from_extra", "nearest_known", "unknown_names"]
 
 _CUTOFF = 0.4  # of difflib: below, a name is no likely slip of the other
 _N_NEAREST, _N_LISTED = 3, 10
+_WHOLE, _COMPARED = 100, 20  # unknown names: the longest list said in full; compared, of a longer
 
 
 @contextlib.contextmanager
@@ -54,7 +55,10 @@ def nearest_known(name: str, known: Iterable[str]) -> str:
 
 
 def unknown_names(what: str, names: Iterable[str], known: Iterable[str]) -> str:
-    """Say which names are not known, all of them, each with the nearest that are.
+    """Say which names are not known, all of them up to a hundred, with the nearest that are.
+
+    More are hardly slips but another column, whose names would take minutes to compare: of these
+    the first hundred are said, the first twenty with the nearest known ones, and the others counted.
 
     Parameters
     ----------
@@ -70,4 +74,8 @@ def unknown_names(what: str, names: Iterable[str], known: Iterable[str]) -> str:
     """
     known = dict.fromkeys(known)
     missing = [name for name in dict.fromkeys(names) if name not in known]
-    return ", ".join(f"unknown {what} {name!r}{nearest_known(name, known)}" for name in missing)
+    compared = missing if len(missing) <= _WHOLE else missing[:_COMPARED]
+    said = [f"unknown {what} {name!r}{nearest_known(name, known)}" for name in compared]
+    said += [f"unknown {what} {name!r}" for name in missing[len(compared) : _WHOLE]]
+    more = [f"and {len(missing) - _WHOLE:,} more"] if len(missing) > _WHOLE else []
+    return ", ".join(said + more)

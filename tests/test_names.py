@@ -32,6 +32,16 @@ def test_every_unknown_name_is_said_once():
     assert unknown_names("gene", ["A"], {"A": 1}) == ""
 
 
+@pytest.mark.parametrize(("n_names", "n_compared"), [(100, 100), (103, 20), (3000, 20)])
+def test_a_list_is_said_in_full_and_a_wrong_column_in_part(n_names, n_compared):
+    """Which would take a minute else, and most of a megabyte."""
+    cells = [f"{n:016d}-1" for n in range(n_names)]
+    text = unknown_names("condition", cells, [f"GENE{n}" for n in range(680)])
+    assert text.count("unknown condition") == 100
+    assert text.count("known: [") == n_compared
+    assert text.endswith(f"and {n_names - 100:,} more") == (n_names > 100)
+
+
 def test_known_names_may_come_from_an_iterator():
     assert unknown_names("gene", ["B", "C"], iter("AB")) == "unknown gene 'C'; known: ['A', 'B']"
 
