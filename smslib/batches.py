@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Real
 from torch import Tensor
 
 from smslib.data import (
@@ -21,6 +21,7 @@ from smslib.data import (
     checked,
     no_count,
     read_design,
+    summed,
     why_not_counts,
 )
 
@@ -79,7 +80,8 @@ class Packed:
         from scipy import sparse
 
         chosen = np.arange(self.shape[0])[rows]
-        spans = [slice(*self.offsets[row : row + 2]) for row in chosen]
+        # The first span holds nothing: there is something to join of no rows, too.
+        spans = [slice(0), *(slice(*self.offsets[row : row + 2]) for row in chosen)]
         lengths = self.offsets[chosen + 1] - self.offsets[chosen]
         parts = (
             np.concatenate([self.values[span] for span in spans]).astype(np.float32),
@@ -106,7 +108,7 @@ class Rows:
     Raises
     ------
     ValueError
-        If counts and conditions differ in number.
+        If counts and conditions differ in number, or the counts are no real numbers.
     """
 
     def __init__(
@@ -121,6 +123,9 @@ class Rows:
                 f"there are counts of {counts.shape[0]} cells and {len(condition)} conditions; "
                 "expected one condition per cell"
             )
+        kind = np.dtype(getattr(counts, "dtype", np.float32))  # packed counts have been checked
+        if kind.kind not in "biuf":
+            raise ValueError(f"the counts are values of type {kind}; expected real numbers")
         self.counts, self.condition, self.device = counts, condition.cpu(), device
 
     @property
@@ -144,16 +149,17 @@ class Rows:
         counts = self._dense(index)
         if not isinstance(self.counts, Packed):
             self._check(counts, index)
-        return Cells(torch.from_numpy(counts), self.condition[index]).to(self.device)
+        single = counts.astype(np.float32, copy=False)  # now, as rounding hides what is no count
+        return Cells(torch.from_numpy(single), self.condition[index]).to(self.device)
 
     def _dense(self, index: slice | np.ndarray) -> np.ndarray:
-        """Return the chosen rows; a file gives them in increasing order, each once."""
+        """Return the chosen rows as they are; a file gives them in order, each once."""
         if isinstance(index, slice) or _in_memory(self.counts):
             return _as_array(self.counts[index])
         order, back = np.unique(np.arange(len(self))[index], return_inverse=True)
         return _as_array(self.counts[order])[back]
 
-    def _check(self, counts: Float[np.ndarray, "cell gene"], index: slice | np.ndarray) -> None:
+    def _check(self, counts: Real[np.ndarray, "cell gene"], index: slice | np.ndarray) -> None:
         """Refuse what `smslib.data.from_anndata` refuses of counts in memory."""
         wrong = (no_count(counts) | (counts > LARGEST_COUNT)).any(1) | (counts.sum(1) == 0)
         if not wrong.any():
@@ -172,7 +178,7 @@ def _in_memory(counts: _Matrix) -> bool:
 
 
 def _as_array(rows: object) -> np.ndarray:
-    return np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows, dtype=np.float32)
+    return summed(rows).toarray() if hasattr(rows, "toarray") else np.asarray(rows)
 
 
 class Shuffled:

@@ -122,7 +122,7 @@ class Design:
         Raises
         ------
         KeyError
-            If names are unknown; all of them are listed, with the nearest known ones.
+            If names are unknown; up to a hundred are listed, with the nearest known ones.
         """
         position = {name: row for row, name in enumerate(self.conditions)}
         if unknown := unknown_names("condition", conditions, position):
@@ -337,8 +337,8 @@ def on_design(
     Raises
     ------
     KeyError
-        If conditions are not in the design; all are listed, with the nearest that are. Also if
-        ``perturbation_key`` or ``layer`` does not exist.
+        If conditions are not in the design; up to a hundred are listed, with the nearest that
+        are. Also if ``perturbation_key`` or ``layer`` does not exist.
     ValueError
         If labels or counts are refused by `from_anndata`.
     """
@@ -581,12 +581,7 @@ def labels(adata: anndata.AnnData, key: str) -> Shaped[np.ndarray, " cell"]:
     column = adata.obs[key]
     if column.ndim > 1:
         raise ValueError(f"adata.obs has {column.shape[1]} columns {key!r}; keep one of them")
-    if column.isna().any():
-        first = adata.obs_names[int(np.argmax(column.isna()))]
-        raise ValueError(
-            f"adata.obs[{key!r}] has {int(column.isna().sum())} missing labels, first in cell "
-            f"{first!r}; drop these cells or label them"
-        )
+    refuse_missing(adata, key)
     if hasattr(column, "cat"):
         empty = sorted(set(column.cat.categories) - set(column.unique()), key=str)
         if empty:
@@ -597,12 +592,45 @@ def labels(adata: anndata.AnnData, key: str) -> Shaped[np.ndarray, " cell"]:
     return column.astype(str).to_numpy()
 
 
+def refuse_missing(adata: anndata.AnnData, key: str) -> None:
+    """Raise a ValueError if cells have no label, which would be read as a condition ``nan``."""
+    missing = adata.obs[key].isna()
+    if missing.any():
+        first = adata.obs_names[int(np.argmax(missing))]
+        raise ValueError(
+            f"adata.obs[{key!r}] has {int(missing.sum())} missing labels, first in cell "
+            f"{first!r}; drop these cells or label them"
+        )
+
+
 def _checked_counts(
     adata: anndata.AnnData, layer: str | None
 ) -> np.ndarray | scipy.sparse.csr_matrix:
-    counts = _counts(adata, layer)
+    counts = summed(_counts(adata, layer))
     _check_counts(counts, adata, layer)
     return counts
+
+
+def summed(matrix: np.ndarray | scipy.sparse.spmatrix) -> np.ndarray | scipy.sparse.spmatrix:
+    """Return a matrix with repeated entries added up, in a type that holds their sum.
+
+    SciPy adds them up in their own type, which may be too narrow, and in the matrix it is given.
+
+    Parameters
+    ----------
+    matrix : array, CSR or CSC
+
+    Returns
+    -------
+    array, CSR or CSC
+        ``matrix`` itself, if no entry is repeated or out of order.
+    """
+    if isinstance(matrix, np.ndarray) or matrix.has_canonical_format:
+        return matrix
+    widest = {"b": np.uint64, "u": np.uint64, "i": np.int64}.get(matrix.dtype.kind, np.float64)
+    wide = matrix.astype(np.promote_types(matrix.dtype, widest))
+    wide.sum_duplicates()
+    return wide
 
 
 def _counts(adata: anndata.AnnData, layer: str | None) -> np.ndarray | scipy.sparse.csr_matrix:
@@ -667,8 +695,9 @@ def _first(bad: np.ndarray, counts: np.ndarray | scipy.sparse.csr_matrix) -> tup
 
 
 def _dense(counts: np.ndarray | scipy.sparse.csr_matrix) -> Float[np.ndarray, "cell gene"]:
-    dense = counts if isinstance(counts, np.ndarray) else counts.toarray()
-    return np.array(dense, dtype=np.float32, order="C")
+    if isinstance(counts, np.ndarray):
+        return np.array(counts, dtype=np.float32, order="C")
+    return counts.astype(np.float32).toarray()
 
 
 def _design(labels: np.ndarray, control: str, sep: str) -> Design:

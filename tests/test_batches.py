@@ -77,8 +77,7 @@ class Order:
 def test_packed_rows_are_those_of_the_matrix(counts, chosen):
     matrix = Packed.of(sparse.csr_matrix(counts))
     chosen = np.array(chosen, dtype=int)
-    if len(chosen):
-        np.testing.assert_array_equal(matrix[chosen], counts[chosen])
+    np.testing.assert_array_equal(matrix[chosen], counts[chosen])
     np.testing.assert_array_equal(matrix[1:4], counts[1:4])
 
 
@@ -118,6 +117,32 @@ def test_rows_are_cells(kind, index):
     assert torch.equal(found.counts, expected.counts)
     assert torch.equal(found.condition, expected.condition)
     assert (len(source), source.n_genes) == (len(CELLS), CELLS.n_genes)
+
+
+@pytest.mark.parametrize("kind", [Packed.of, sparse.csr_matrix, lambda counts: counts.toarray()])
+@pytest.mark.parametrize("none", [torch.zeros(0, dtype=torch.long), slice(3, 3), np.zeros(48) > 0])
+def test_no_rows_are_no_cells(kind, none):
+    found = Rows(kind(sparse.csr_matrix(CELLS.counts.numpy())), CELLS.condition)[none]
+    assert (found.counts.shape, len(found.condition)) == ((0, 40), 0)
+
+
+def twice(kind, *values):
+    """One cell whose counts of one gene are entries of a sparse matrix of its own."""
+    column = np.zeros(len(values), dtype=int)
+    counts = sparse.csr_matrix((np.array(values, kind), column, [0, len(values)]), shape=(1, 1))
+    return Rows(counts, torch.tensor([0]))
+
+
+def test_repeated_entries_are_added_up_before_they_are_checked():
+    assert twice(np.uint8, 200, 100)[:].counts.tolist() == [[300]]
+    assert twice(np.float32, 2**23, 2**23)[:].counts.tolist() == [[2**24]]
+    with pytest.raises(ValueError, match="row 0 has no UMIs, or values other than raw counts"):
+        twice(np.float32, 2**24, 1)[:]
+
+
+def test_values_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="of type complex128; expected real numbers"):
+        Rows(np.ones((2, 3), dtype=complex), torch.tensor([0, 1]))
 
 
 def test_conditions_of_other_cells_are_refused():
@@ -189,6 +214,18 @@ def test_counts_of_a_file_are_checked_when_they_are_read(tmp_path, kind):
             found[np.array([20, row, 2])]
     with pytest.raises(ValueError, match=r"row 7 .*Noticed: 1 of 200 stored values are no counts"):
         found[4:9]
+
+
+@pytest.mark.parametrize("kind", ["dense", "csr"])
+@pytest.mark.parametrize("value", [2.0**24 + 1, 2.9999999999, 1e-60])
+def test_counts_of_a_file_are_checked_before_they_are_rounded(tmp_path, kind, value):
+    counts = CELLS.counts.numpy().astype(np.float64)
+    counts[7, 2] = value
+    backed = stored(tmp_path, KINDS[kind](counts))
+    found, _ = from_anndata(backed, perturbation_key="target", control=FIRST)
+    assert found[:5].counts.dtype == torch.float32
+    with pytest.raises(ValueError, match="row 7 has no UMIs, or values other than raw counts"):
+        found[5:9]
 
 
 def test_a_fit_out_of_a_file_is_the_fit_in_memory(tmp_path):

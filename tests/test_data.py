@@ -134,6 +134,31 @@ def test_the_input_is_left_alone_and_not_shared():
     np.testing.assert_array_equal(adata.X, COUNTS)
 
 
+def repeated(values: np.ndarray) -> sparse.csr_matrix:
+    """Counts of three cells, the first one's all in its first gene."""
+    counts, n = np.append(values, [1, 1]).astype(values.dtype), len(values)
+    return sparse.csr_matrix((counts, np.zeros(n + 2, int), [0, n, n + 1, n + 2]), (3, 2))
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc"])
+@pytest.mark.parametrize(
+    ("values", "total"),
+    [(np.array([200, 100], np.uint8), 300), (np.array([2**23, 2**23 - 1], np.float32), 2**24 - 1)],
+)
+def test_repeated_entries_are_added_up_in_a_type_that_holds_the_sum(kind, values, total):
+    counts = repeated(values).asformat(kind)
+    adata = screen(counts, LABELS[:3])
+    cells, _ = load(adata)
+    assert cells.counts.tolist() == [[total, 0], [1, 0], [1, 0]]
+    assert counts.data.tolist() == [*values, 1, 1]  # the input is left alone
+
+
+def test_repeated_entries_are_bounded_by_their_sum():
+    adata = screen(repeated(np.array([2**24, 1], np.uint32)), LABELS[:3])
+    with pytest.raises(ValueError, match="holds 16777217; expected counts up to 16,777,216"):
+        load(adata)
+
+
 @pytest.mark.parametrize(
     ("adata", "options", "error", "message"),
     [
