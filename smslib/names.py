@@ -57,8 +57,8 @@ def nearest_known(name: str, known: Iterable[str]) -> str:
 def unknown_names(what: str, names: Iterable[str], known: Iterable[str]) -> str:
     """Say which names are not known, all of them up to a hundred, with the nearest that are.
 
-    More are hardly slips but another column, whose names would take minutes to compare: of these
-    the first hundred are said, the first twenty with the nearest known ones, and the others counted.
+    More are hardly slips but another column, whose names would take minutes to compare: the first
+    hundred are said, twenty of them with the nearest known names, and the others are counted.
 
     Parameters
     ----------

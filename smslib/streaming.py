@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
+import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer
 
 from smslib import files, untrusted
-from smslib.data import why_not_counts
+from smslib.data import summed, why_not_counts
 
 if TYPE_CHECKING:
     import h5py
@@ -48,6 +51,7 @@ BLOCK = 1 << 26  # bytes of the source that are in memory at once
 _BRIDGE = 1 << 16  # unwanted bytes between wanted ones that cost less to read than to skip
 _DENSITY = 0.5  # assumed share of non-zero counts where the file does not tell
 _ON_DISK = 8  # bytes per count: part (1 + 2) and result (1 + 4)
+_ARRAYS = ("counts", "genes", "lengths")  # of a band, in a part
 _TOO_LARGE = 1 << 63  # of a count
 _FORMAT = 1  # of the parts; another number makes old parts worthless
 
@@ -105,7 +109,7 @@ def cut(
         If the source is damaged or no .h5ad; a choice is empty, out of order or out of range; an
         annotation has another length; or a value is not a count (it is said how that shows).
     OSError
-        If the disk is full, or will be.
+        If the disk is full, or will be, or does not keep what is written.
 
     Notes
     -----
@@ -215,6 +219,8 @@ def _annotation(
             f"{name} has {len(frame):,} rows for {len(positions):,} chosen; pass one row for each"
         )
     frame.index = _unique(frame.index)
+    if frame.index.name in frame:  # anndata writes one of the two
+        frame.index.name = None
     return frame
 
 
@@ -231,7 +237,17 @@ def _unique(names: pd.Index) -> pd.Index:
 
 def columns(group: h5py.Group) -> list[str]:
     """Return the names of the columns of ``obs`` or ``var``."""
-    return [str(name) for name in group.attrs["column-order"]]
+    return [_text(name) for name in group.attrs["column-order"]]
+
+
+def index_name(group: h5py.Group) -> str:
+    """Return the name of the column of ``obs`` or ``var`` that names the cells or genes."""
+    return _text(group.attrs["_index"])
+
+
+def _text(attribute: str | bytes) -> str:
+    """Return an attribute of HDF5, which is bytes if it was written with a fixed length."""
+    return attribute.decode() if isinstance(attribute, bytes) else str(attribute)
 
 
 def column(group: h5py.Group, name: str) -> Any:  # noqa: ANN401 (array, categorical, ...)
@@ -262,7 +278,9 @@ def annotations(group: h5py.Group, positions: np.ndarray) -> pd.DataFrame:
         return pd.Series(column(group, name)).iloc[positions].array
 
     with _damage_explained(group.file.filename):
-        index = pd.Index(np.asarray(column(group, group.attrs["_index"]))[positions])
+        name = index_name(group)
+        index = pd.Index(np.asarray(column(group, name))[positions])
+        index.name = None if name == "_index" else name  # what anndata calls one without a name
         frame = pd.DataFrame({name: chosen(name) for name in columns(group)}, index=index)
     for name in frame.select_dtypes("category"):
         frame[name] = frame[name].cat.remove_unused_categories()
@@ -312,9 +330,9 @@ def _layout(file: h5py.File, path: Path, block: int) -> _Layout:
     import h5py
 
     x = file["X"]
-    if isinstance(x, h5py.Dataset) and x.ndim == 2 and x.dtype.kind in "fiu":
+    if isinstance(x, h5py.Dataset) and x.ndim == 2 and x.dtype.kind in "fiub":
         return _Dense(x, block)
-    kind = x.attrs.get("encoding-type", x.attrs.get("h5sparse_format", ""))
+    kind = _text(x.attrs.get("encoding-type", x.attrs.get("h5sparse_format", "")))
     if kind.removesuffix("_matrix") in ("csr", "csc"):
         return _Compressed(x, block, by_cell=kind.startswith("csr"))
     raise ValueError(
@@ -382,7 +400,8 @@ class _Compressed:
     def __init__(self, x: h5py.Group, block: int, *, by_cell: bool) -> None:
         shape = x.attrs.get("shape", x.attrs.get("h5sparse_shape"))
         self.shape = (int(shape[0]), int(shape[1]))
-        self.values, self.indices, self.indptr = x["data"], x["indices"], x["indptr"][...]
+        self.values, self.indices = x["data"], x["indices"]
+        self.indptr = x["indptr"][...].astype(np.int64)  # entries times bytes go beyond 32 bits
         self.block, self.by_cell = block, by_cell
         self.entry = self.values.dtype.itemsize + self.indices.dtype.itemsize
         self.density = len(self.values) / max(1, self.shape[0] * self.shape[1])
@@ -400,9 +419,8 @@ class _Compressed:
 
         rows, columns = (cells, genes) if self.by_cell else (genes, cells)
         parts = [self._read_run(rows[run], columns) for run in self._runs(rows)]
-        stacked = sparse.vstack(parts, format="csr")
+        stacked = summed(sparse.vstack(parts, format="csr"))
         whole = stacked if self.by_cell else stacked.T.tocsr()
-        whole.sum_duplicates()
         whole.eliminate_zeros()
         return whole
 
@@ -430,11 +448,17 @@ class _Compressed:
         (start, stop), first = self._entries(rows), rows[0]
         indptr = self.indptr[first : rows[-1] + 2] - start
         across = self.shape[1] if self.by_cell else self.shape[0]
-        read = (self.values[start:stop], self.indices[start:stop], indptr)
+        read = (_of_scipy(self.values[start:stop]), self.indices[start:stop], indptr)
         run = sparse.csr_matrix(read, shape=(len(indptr) - 1, across))
         run.check_format()  # else scipy trusts positions that lead out of the matrix
         run = run if len(rows) == run.shape[0] else run[rows - first]
         return run if len(columns) == across else run[:, columns]
+
+
+def _of_scipy(values: np.ndarray) -> np.ndarray:
+    """Return values in a type that scipy has, of the machine's byte order."""
+    kind = values.dtype.newbyteorder("=")
+    return values.astype(np.float32 if kind == np.float16 else kind, copy=False)
 
 
 def row_blocks(path: Path, *, block: int = BLOCK) -> Iterator[sparse.csr_matrix]:
@@ -543,7 +567,7 @@ def fingerprint(path: Path, cells: np.ndarray, genes: np.ndarray, block: int) ->
 @contextlib.contextmanager
 def _parts(out: Path, made_of: Mapping[str, Any]) -> Iterator[Path]:
     """Lend the folder of finished parts; it outlives only what a repetition can mend."""
-    folder = out.with_name(out.name + ".part")
+    folder = _folder(out)
     with files.alone(folder, partial(folder.mkdir, parents=True, exist_ok=True)):
         _begin(folder, made_of)
         try:
@@ -555,13 +579,18 @@ def _parts(out: Path, made_of: Mapping[str, Any]) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def _folder(out: Path) -> Path:
+    return out.with_name(out.name + ".part")
+
+
 def _begin(folder: Path, made_of: Mapping[str, Any]) -> None:
-    """Leave in the folder nothing but parts of this very cut."""
+    """Leave in the folder nothing but finished parts of this very cut."""
     manifest = folder / "manifest.json"
-    if manifest.exists() and manifest.read_text() == json.dumps(made_of):
-        return
-    for stale in folder.iterdir():
+    ours = manifest.exists() and manifest.read_text() == json.dumps(made_of)
+    for stale in folder.glob(".*.tmp" if ours else "*"):  # drafts of a killed call
         stale.unlink()
+    if ours:
+        return
     with files.whole(manifest) as draft:
         draft.write_text(json.dumps(made_of))
 
@@ -673,10 +702,17 @@ def _not_counts(
 
 
 def _check_room(out: Path, layout: _Layout, plan: _Plan) -> None:
-    need = int(_ON_DISK * layout.density * len(plan.cells) * len(plan.genes))
+    need = int(_ON_DISK * layout.density * len(plan.cells) * len(plan.genes)) - _taken(out)
     what = f"{len(plan.cells):,} cells x {len(plan.genes):,} genes and their parts"
     advice = "Free some, or write elsewhere (out=)"
     files.check_room(out.parent, need, what=what, advice=advice)
+
+
+def _taken(out: Path) -> int:
+    """Return the bytes that an earlier call left: they are used or make room."""
+    with contextlib.suppress(FileNotFoundError):  # another process has just finished
+        return sum(left.stat().st_size for left in _folder(out).glob("*"))
+    return 0
 
 
 @contextlib.contextmanager
@@ -709,8 +745,9 @@ def _assemble(
     from anndata import AnnData
 
     AnnData(obs=obs, var=var, uns=dict(uns)).write_h5ad(draft)
-    summary = sum(_summary(folder, number) for number in range(len(plan.tiles)))
-    largest = max(int(_summary(folder, n)[:, 2].max()) for n in range(len(plan.tiles)))
+    summary, largest = 0, 0
+    for found in (_summary(folder, number) for number in range(len(plan.tiles))):
+        summary, largest = summary + found, max(largest, int(found[:, 2].max()))
     with h5py.File(draft, "r+") as file:
         _write_csr(file, folder, plan, int(summary[:, 0].sum()), np.min_scalar_type(largest))
     with h5py.File(draft, "r") as file:
@@ -734,9 +771,10 @@ def _write_csr(file: h5py.File, folder: Path, plan: _Plan, entries: int, dtype: 
     values = x.create_dataset("data", entries, dtype)
     indices = x.create_dataset("indices", entries, index)
     indptr = np.zeros(len(plan.cells) + 1, dtype=np.int64)
+    parts = [_Part.of(_part(folder, n), plan.within(tile)) for n, tile in enumerate(plan.tiles)]
     at = 0
-    for number, band in enumerate(plan.bands):
-        rows = _band(folder, plan, number)
+    for band in plan.bands:
+        rows = _band(parts, plan, band)
         values[at : at + rows.nnz] = rows.data
         indices[at : at + rows.nnz] = rows.indices
         indptr[band.start + 1 : band.stop + 1] = at + rows.indptr[1:]
@@ -744,19 +782,52 @@ def _write_csr(file: h5py.File, folder: Path, plan: _Plan, entries: int, dtype: 
     x.create_dataset("indptr", data=indptr.astype(index))
 
 
-def _band(folder: Path, plan: _Plan, number: int) -> sparse.csr_matrix:
-    """Join what the parts hold of a band of cells."""
+@dataclass(frozen=True)
+class _Part:
+    """Where the arrays of a part lie: offset, size and checksum of each, band by band.
+
+    Every gene of a CSC matrix is in another part, so that all parts are read for every band; to
+    list each time what is in them would take a hundred times as long as to read it.
+    """
+
+    path: Path
+    places: Iterator[Int[np.ndarray, "array 3"]]
+
+    @classmethod
+    def of(cls, path: Path, bands: Iterable[int]) -> _Part:
+        """Find the arrays of some bands."""
+        with zipfile.ZipFile(path) as archive:
+            found = [[archive.getinfo(f"{name}-{n}.npy") for name in _ARRAYS] for n in bands]
+        places = [[(m.header_offset, m.file_size, m.CRC) for m in members] for members in found]
+        return cls(path, iter(np.array(places)))
+
+    def next_band(self) -> Iterator[np.ndarray]:
+        """Read the arrays of the next band, which are not packed, and check them."""
+        with self.path.open("rb") as file:
+            for offset, size, checksum in next(self.places).tolist():
+                file.seek(offset + 26)  # of the 30 bytes before the array's name and extra field
+                file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+                content = file.read(size)
+                if zlib.crc32(content) != checksum:
+                    raise OSError(
+                        f"{self.path} is not what was written; the disk is at fault: call again, "
+                        "elsewhere if it recurs (out=)"
+                    )
+                yield np.lib.format.read_array(io.BytesIO(content))
+
+
+def _band(parts: Sequence[_Part], plan: _Plan, band: slice) -> sparse.csr_matrix:
+    """Join what the parts hold of a band of cells; bands come in order."""
     from scipy import sparse
 
-    band, blocks = plan.bands[number], []
+    blocks = []
     for tile in plan.across(band):
-        with np.load(_part(folder, tile)) as part:
-            lengths = part[f"lengths-{number}"]
-            read = (part[f"counts-{number}"], part[f"genes-{number}"].astype(np.int32))
+        counts, columns, lengths = parts[tile].next_band()
         genes = plan.tiles[tile].genes
         indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         shape = (band.stop - band.start, genes.stop - genes.start)
-        blocks.append(sparse.csr_matrix((*read, indptr), shape=shape))
+        read = (counts, columns.astype(np.int32), indptr)
+        blocks.append(sparse.csr_matrix(read, shape=shape))
     return blocks[0] if len(blocks) == 1 else sparse.hstack(blocks, format="csr")
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import anndata
 import h5py
@@ -110,29 +111,72 @@ def test_the_counts_get_the_smallest_type_that_holds_them(tmp_path, largest, dty
     np.testing.assert_array_equal(read(out).X.toarray(), x)
 
 
-@pytest.mark.parametrize("dtype", [">f8", "<f4", "i8", "u2"])
-def test_any_numeric_type_is_read(tmp_path, dtype):
-    x = counts(20, 6).astype(dtype)
-    path = write(tmp_path / "source.h5ad", counts(20, 6))
+def put(path, group, **arrays):
+    """Put arrays of one's own into a file."""
     with h5py.File(path, "r+") as file:
-        del file["X"]
-        file["X"] = x
+        for name, array in arrays.items():
+            del file[group][name]
+            file[group][name] = array
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "csr", "csc"])
+@pytest.mark.parametrize("dtype", [">f8", "<f4", "i8", "u2", "f2", ">f4", "?"])
+def test_any_numeric_type_is_read(tmp_path, layout, dtype):
+    x = counts(20, 6, mean=0.1).clip(0, 1) if dtype == "?" else counts(20, 6)
+    path = write(tmp_path / "source.h5ad", x, layout)
+    if layout == "contiguous":
+        put(path, "/", X=x.astype(dtype))
+    else:
+        put(path, "X", data=read(path).X.data.astype(dtype))
     out = streaming.cut(path, cells=np.arange(20), genes=np.arange(1, 5), out=tmp_path / "o.h5ad")
-    np.testing.assert_array_equal(read(out).X.toarray(), x[:, 1:5].astype(int))
+    np.testing.assert_array_equal(read(out).X.toarray(), x[:, 1:5])
 
 
-def test_unsorted_and_repeated_entries_are_put_right(tmp_path):
-    x = sparse.csr_matrix(
-        (np.array([1.0, 2.0, 3.0, 0.0]), np.array([2, 0, 2, 1]), np.array([0, 3, 4])), (2, 3)
-    )
-    path = write(tmp_path / "source.h5ad", np.zeros((2, 3)), "csr")
-    with h5py.File(path, "r+") as file:
-        for name in ("data", "indices", "indptr"):
-            del file["X"][name]
-            file["X"][name] = getattr(x, name)
-    out = streaming.cut(path, cells=np.arange(2), genes=np.arange(3), out=tmp_path / "out.h5ad")
-    np.testing.assert_array_equal(read(out).X.toarray(), [[2, 0, 4], [0, 0, 0]])
+@pytest.mark.parametrize("layout", ["csr", "csc"])
+def test_unsorted_and_repeated_entries_are_put_right(tmp_path, layout):
+    """Even where their own type does not hold the sum."""
+    path = write(tmp_path / "source.h5ad", np.zeros((3, 3)), layout)
+    data = np.array([100, 2, 200, 0], dtype=np.uint8)
+    put(path, "X", data=data, indices=np.array([2, 0, 2, 1]), indptr=np.array([0, 3, 4, 4]))
+    cells, genes = (np.arange(2), np.arange(3))[:: 1 if layout == "csr" else -1]
+    out = streaming.cut(path, cells=cells, genes=genes, out=tmp_path / "out.h5ad")
+    x = np.array([[2, 0, 300], [0, 0, 0]])
+    np.testing.assert_array_equal(read(out).X.toarray(), x if layout == "csr" else x.T)
     assert read(out).X.nnz == 2
+    chosen = {"cells": np.array([0]), "genes": np.array([0, 2])}
+    part = streaming.cut(path, **chosen, out=tmp_path / "part.h5ad")
+    expected = [[2, 300]] if layout == "csr" else [[2, 0]]
+    np.testing.assert_array_equal(read(part).X.toarray(), expected)
+
+
+def test_runs_are_found_beyond_32_bits(tmp_path):
+    """In a matrix of 2**30 entries, never written, whose offsets are int32."""
+    n, shape = 2**28, (4, 2**30)
+    with h5py.File(tmp_path / "large.h5", "w") as file:
+        x = file.create_group("X")
+        x.attrs.update({"encoding-type": "csr_matrix", "shape": shape})
+        for name in ("data", "indices"):
+            x.create_dataset(name, 4 * n, np.int32, chunks=(1024,))
+        x["indptr"] = np.arange(5, dtype=np.int32) * np.int32(n)
+        layout = streaming._layout(file, tmp_path, streaming.BLOCK)
+        assert layout._runs(np.array([0, 1, 3])) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+        assert len(layout.tiles(np.arange(4), np.arange(2))) == 4
+
+
+def test_every_part_is_listed_a_few_times_whatever_the_number_of_bands(tmp_path, monkeypatch):
+    path = write(tmp_path / "source.h5ad", counts(300, 40), "csc")
+    begin, listed = zipfile.ZipFile.__init__, []
+
+    def note(self, file, mode="r", *rest, **options):
+        listed.extend([file] if mode == "r" else [])
+        begin(self, file, mode, *rest, **options)
+
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", note)
+    chosen = {"cells": np.arange(300), "genes": np.arange(40)}
+    out = streaming.cut(path, **chosen, out=tmp_path / "out.h5ad", block=3000)
+    np.testing.assert_array_equal(read(out).X.toarray(), counts(300, 40))
+    n_parts = 40 * 300 * 0.45 * 8 / 3000  # and a band of nine cells each
+    assert n_parts < len(listed) < 4 * n_parts
 
 
 def test_a_matrix_of_before_anndata_0_7_is_read(tmp_path):
@@ -171,6 +215,34 @@ def test_annotations_follow_their_cells_and_genes(tmp_path):
     assert kept.obs_names.tolist() == ["a", "c", "c-1"]
     assert kept.var_names.tolist() == ["g", "g-1"]
     assert kept.var["length"].tolist() == [1.5, 2.5]
+
+
+def test_the_names_of_the_indices_are_kept(tmp_path):
+    """But for one that a column has, too: repeated names are numbered in the index alone."""
+    obs = pd.DataFrame(index=pd.Index(["a", "b", "b"], name="barcode"))
+    var = pd.DataFrame(index=pd.Index(["g", "h"], name="gene_id"))
+    chosen = {"cells": np.arange(3), "genes": np.arange(2)}
+    with pytest.warns(UserWarning, match="not unique"):
+        path = write(tmp_path / "source.h5ad", counts(3, 2), obs=obs, var=var)
+    with h5py.File(path, "r+") as file:
+        file["obs"].attrs["column-order"] = ["barcode"]
+    kept = read(streaming.cut(path, **chosen, out=tmp_path / "out.h5ad"))
+    assert (kept.var.index.name, kept.var_names.tolist()) == ("gene_id", ["g", "h"])
+    assert (kept.obs.index.name, kept.obs_names.tolist()) == (None, ["a", "b", "b-1"])
+    assert kept.obs["barcode"].tolist() == ["a", "b", "b"]
+
+
+def test_attributes_of_a_fixed_length_are_text_too(tmp_path):
+    obs = pd.DataFrame({"gene": ["A", "B"]}, index=pd.Index(["a", "b"], name="cell"))
+    path = write(tmp_path / "source.h5ad", np.ones((2, 3)), "csr", obs=obs)
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs["encoding-type"] = np.bytes_("csr_matrix")
+        file["obs"].attrs["column-order"] = np.array([b"gene"])
+        file["obs"].attrs["_index"] = np.bytes_("cell")
+    chosen = {"cells": np.arange(2), "genes": np.arange(1)}
+    kept = read(streaming.cut(path, **chosen, out=tmp_path / "out.h5ad"))
+    assert kept.obs["gene"].tolist() == ["A", "B"]
+    assert (kept.obs.index.name, kept.obs_names.tolist()) == ("cell", ["a", "b"])
 
 
 def test_categories_of_before_anndata_0_8_are_read(tmp_path):
@@ -299,6 +371,36 @@ def test_a_spoiled_part_is_made_again(tmp_path, source, monkeypatch):
     np.testing.assert_array_equal(read(out).X.toarray(), counts(50, 12))
 
 
+def test_a_part_spoiled_before_it_is_used_is_noticed_and_made_again(tmp_path, source, monkeypatch):
+    out, write_csr = tmp_path / "out.h5ad", streaming._write_csr
+
+    def spoil(file, folder, *rest):
+        part = folder / "000000.npz"
+        content = bytearray(part.read_bytes())
+        content[content.index(b"lengths-0.npy") - 31] ^= 0xFF  # the last byte of the array before
+        part.write_bytes(content)
+        write_csr(file, folder, *rest)
+
+    chosen = {"cells": np.arange(50), "genes": np.arange(12), "out": out, "block": 100}
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_write_csr", spoil)
+        with pytest.raises(OSError, match=r"000000\.npz is not what was written; .* call again"):
+            streaming.cut(source, **chosen)
+    streaming.cut(source, **chosen)
+    np.testing.assert_array_equal(read(out).X.toarray(), counts(50, 12))
+
+
+def test_what_killed_calls_left_of_their_results_does_not_pile_up(tmp_path, source, monkeypatch):
+    out, folder = tmp_path / "out.h5ad", tmp_path / "out.h5ad.part"
+    first, *_ = interrupted(source, out, monkeypatch, after=4)
+    drafts = [folder / ".out.h5ad.0.tmp", folder / ".000004.npz.1.tmp"]
+    for draft in drafts:
+        draft.write_bytes(b"half")
+    interrupted(source, out, monkeypatch, after=0)
+    assert first.exists()
+    assert not any(draft.exists() for draft in drafts)
+
+
 @pytest.mark.parametrize("other", ["cells", "genes", "source"])
 def test_parts_of_another_cut_are_not_used(tmp_path, source, monkeypatch, other):
     out, x = tmp_path / "out.h5ad", counts(50, 12)
@@ -348,6 +450,19 @@ def test_too_little_space_is_noticed_before_anything_is_read(tmp_path, source, m
     ):
         streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=tmp_path / "out.h5ad")
     assert [path.name for path in tmp_path.iterdir()] == ["source.h5ad"]
+
+
+def test_a_cut_that_goes_on_needs_room_for_the_rest_only(tmp_path, source, monkeypatch):
+    out, usage = tmp_path / "out.h5ad", shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(streaming, "_ON_DISK", 80)
+    interrupted(source, out, monkeypatch, after=4)
+    left = 80 * 300 - sum(file.stat().st_size for file in (tmp_path / "out.h5ad.part").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=left - 1))
+    with pytest.raises(OSError, match="room for 50 cells x 12 genes"):
+        streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=out, block=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=left))
+    streaming.cut(source, cells=np.arange(50), genes=np.arange(12), out=out, block=100)
+    np.testing.assert_array_equal(read(out).X.toarray(), counts(50, 12))
 
 
 def test_what_is_written_is_compared_with_what_was_read(tmp_path, source, monkeypatch):
