@@ -207,7 +207,7 @@ def _textbook(
     moved = total * log_odds.sigmoid()
     curved = theta * (total.digamma() - theta.digamma() - log_scale)
     parts = binomial + count * log_odds - total * log_scale, count - moved, moved - count + curved
-    return _Slopes(*(part.to(x) for part in parts))
+    return _Slopes(*(part.to(log_mean) for part in parts))
 
 
 def _few_large(x: Tensor) -> tuple[Tensor, ...] | None:

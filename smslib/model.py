@@ -11,10 +11,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -120,7 +120,8 @@ class SMSVAE(nn.Module):
     Raises
     ------
     ValueError
-        If norm or activation is unknown, or ``newton`` meets a normalisation layer.
+        If norm, activation or estimator is unknown, a size is below one, or ``newton`` meets a
+        normalisation layer.
     """
 
     def __init__(
@@ -145,7 +146,9 @@ class SMSVAE(nn.Module):
                 f"newton=True with norm={norm!r}; the step needs a decoder without normalisation, "
                 "norm='none'"
             )
-        self.options = {
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"estimator is {estimator!r}; expected one of {get_args(Estimator)}")
+        options = {
             "n_genes": n_genes,
             "n_latent": n_latent,
             "n_hidden": n_hidden,
@@ -155,6 +158,10 @@ class SMSVAE(nn.Module):
             "activation": activation,
             "n_hidden_encoder": n_hidden_encoder,
             "n_layers_decoder": n_layers_decoder,
+        }
+        self.options = {
+            name: _size(name, value) if name.startswith("n_") else value
+            for name, value in options.items()
         }
         self.prior = prior
         self.estimator = estimator
@@ -204,8 +211,9 @@ class SMSVAE(nn.Module):
         """
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; expected one of {sorted(METHODS)}")
+        strength = None if sparsity is None else float(sparsity)
         with seeded(seed):
-            slab, gate = METHODS[method](design.n_targets, n_latent, sparsity)
+            slab, gate = METHODS[method](design.n_targets, n_latent, strength)
             prior = ShiftPrior(design, slab, gate)
             return cls(prior, n_genes, n_latent=n_latent, **options)
 
@@ -293,7 +301,7 @@ class SMSVAE(nn.Module):
         theta = self.log_theta.exp()
         return Likelihood(
             logits=lambda z: self.genes(self.decoder(z)),
-            counts=cells.counts,
+            counts=cells.counts.to(theta),
             theta=theta,
             log_exposure=cells.library.log() - self.log_theta,
             constant=_log_binomial(cells.counts, theta),
@@ -332,12 +340,23 @@ class SMSVAE(nn.Module):
         step = newton_step(z, counts, shift, log_rate=log_rate, jacobian=jacobian, theta=theta)
         return step.to(kind)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        *,
+        notes: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> None:
         """Write ``config.json`` and ``weights.pt`` into the folder ``path``; nothing is pickled.
 
-        Both files are written under names of their own and then moved into place, one process at
-        a time. The configuration, the second, holds the checksum of the weights, so that `load`
-        takes no two halves for a model.
+        The files are written under names of their own and then moved into place, one process at
+        a time. All but the weights hold the checksum of the weights, so that `load` takes no two
+        halves for a model.
+
+        Parameters
+        ----------
+        path : path
+        notes : mapping of str to mapping, optional
+            Further files, by name: what is to be said in them, as JSON.
 
         Raises
         ------
@@ -346,11 +365,13 @@ class SMSVAE(nn.Module):
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        names = folder / "weights.pt", folder / "config.json"
-        with files.together(*names) as (weights, described):
+        said = {"config.json": self.settings(), **(notes or {})}
+        names = [folder / name for name in ("weights.pt", *said)]
+        with files.together(*names) as (weights, *drafts):
             tensors.write(self.tensors(), weights)
-            config = {**self.settings(), "weights_sha256": _digest(weights)}
-            described.write_text(json.dumps(config, indent=1))
+            checksum = {"weights_sha256": _digest(weights)}
+            for draft, words in zip(drafts, said.values(), strict=True):
+                draft.write_text(json.dumps({**words, **checksum}, indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> SMSVAE:
@@ -391,8 +412,9 @@ class SMSVAE(nn.Module):
         shapes = ({name: part.shape for name, part in each.items()} for each in (planned, state))
         if next(shapes) != next(shapes):
             raise ValueError("the weights are not those of the configuration")
-        model = cls(_prior(config, design), **config["model"])
-        model.load_state_dict(state)
+        with seeded(0):  # what is drawn is not used, and must not move the caller's draws
+            model = cls(_prior(config, design), **config["model"])
+        model.to(state["log_theta"].dtype).load_state_dict(state)
         return model
 
     def tensors(self) -> dict[str, Tensor]:
@@ -434,6 +456,15 @@ def _prior(config: dict, design: Design) -> ShiftPrior:
     return ShiftPrior(
         design, SLABS[slab](*sizes, **slab_options), GATES[gate](*sizes, **gate_options)
     )
+
+
+def _size(name: str, value: int | None) -> int | None:
+    """Return a size as a plain number, which a file can hold; None where it is another's."""
+    if value is None:
+        return None
+    if value < 1:
+        raise ValueError(f"{name} is {value}; expected at least 1")
+    return int(value)
 
 
 def _mlp(widths: list[int], norm: Norm, dropout: float, activation: Activation) -> nn.Sequential:
@@ -482,4 +513,4 @@ def _log_binomial(
     """
     wide = x.double(), theta.double()
     terms = torch.lgamma(sum(wide)) - torch.lgamma(wide[1]) - torch.lgamma(wide[0] + 1)
-    return terms.sum(-1).to(x)
+    return terms.sum(-1).to(theta)

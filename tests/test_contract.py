@@ -4,6 +4,7 @@ With and without Gauss-Newton steps of inference, where these could make a diffe
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -94,6 +95,19 @@ def test_saving_and_loading_changes_nothing(method, estimator, newton, tmp_path)
     loaded = SMSVAE.load(tmp_path)
     assert (elbo(loaded, make_cells()) == elbo(model, make_cells())).all()
     assert loaded.prior.penalty() == model.prior.penalty()
+
+
+@every_method
+@either_inference
+def test_a_model_in_double_precision_takes_counts_in_single(method, newton, tmp_path):
+    model, cells = make_model(method, newton=newton).double(), make_cells()
+    cells.counts[0, 0] = 40.0  # few are large: both forms of the likelihood
+    fitted(model, cells)
+    model.save(tmp_path)
+    loaded, wide = SMSVAE.load(tmp_path), Cells(cells.counts.double(), cells.condition)
+    for score in (elbo, partial(iwelbo, n_draws=5)):
+        assert score(model, cells) == pytest.approx(score(loaded, wide), rel=1e-6)
+    assert {part.dtype for part in loaded.tensors().values()} == {torch.float64}
 
 
 @every_method

@@ -130,6 +130,15 @@ def test_counts_are_read_from_the_table_where_few_are_large(monkeypatch, counts,
     assert seen == ["_SmallCounts" if table else "_NegativeBinomialKernel"]
 
 
+def test_counts_in_single_precision_take_a_mean_in_double():
+    x = torch.tensor([[1.0] * 19 + [40.0]])
+    log_mean = torch.zeros(1, 20, dtype=torch.float64, requires_grad=True)
+    found = NegativeBinomial(log_mean, torch.zeros(20, dtype=torch.float64)).log_prob(x)
+    np.testing.assert_allclose(found.detach(), stats.nbinom.logpmf(x, 1, 0.5), rtol=1e-12)
+    (slope,) = torch.autograd.grad(found.sum(), log_mean)
+    torch.testing.assert_close(slope, (x.double() - 1) / 2)  # (x - mu) / (1 + mu)
+
+
 def test_textbook_formula_does_fail_there():
     """The reason for the saddle-point form, so that nobody simplifies it away."""
     x, mean, theta = columns((3,), (2.0,), (1e6,), dtype=torch.float32)

@@ -5,6 +5,7 @@ import json
 import math
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from scipy import optimize
@@ -427,6 +428,10 @@ def test_activations(activation, slope):
     [
         ({"norm": "group"}, r"norm is 'group'; expected one of \['batch', 'layer', 'none'\]"),
         ({"activation": "tanh"}, "activation is 'tanh'; expected 'leaky_relu' or 'relu'"),
+        ({"estimator": "exact"}, r"estimator is 'exact'; expected one of \('expected', 'sampled'"),
+        ({"n_layers": 0}, "n_layers is 0; expected at least 1"),
+        ({"n_layers_decoder": 0}, "n_layers_decoder is 0; expected at least 1"),
+        ({"n_hidden_encoder": 0}, "n_hidden_encoder is 0; expected at least 1"),
     ],
 )
 def test_unknown_options_are_refused(options, message, monkeypatch):
@@ -540,6 +545,36 @@ def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
         make_model(seed=1).save(tmp_path)
     assert torch.equal(SMSVAE.load(tmp_path).log_theta, model.log_theta)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.pt"]
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
+    sizes = {"n_latent": np.int64(2), "n_hidden": np.int64(8), "sparsity": np.float32(5)}
+    model = make_model(**sizes)
+    model.save(tmp_path)
+    loaded = SMSVAE.load(tmp_path)
+    assert loaded.options == model.options == make_model(n_latent=2, n_hidden=8).options
+    assert loaded.prior.gate.alpha == 5.0
+
+
+def test_notes_are_saved_with_the_model_or_not_at_all(tmp_path):
+    first = make_model()
+    first.save(tmp_path, notes={"note.json": {"kept": 1}})
+    note, config = (
+        json.loads((tmp_path / name).read_text()) for name in ("note.json", "config.json")
+    )
+    assert note == {"kept": 1, "weights_sha256": config["weights_sha256"]}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        make_model(seed=1).save(tmp_path, notes={"note.json": {"kept": {2}}})
+    assert torch.equal(SMSVAE.load(tmp_path).log_theta, first.log_theta)
+    assert json.loads((tmp_path / "note.json").read_text()) == note
+
+
+def test_loading_leaves_the_global_random_state_alone(tmp_path):
+    make_model("sams-vae").save(tmp_path)
+    before = torch.random.get_rng_state()
+    SMSVAE.load(tmp_path)
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_loading_from_an_empty_folder_says_what_is_missing(tmp_path):
