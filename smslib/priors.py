@@ -35,7 +35,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from smslib.data import Design
+from smslib.data import Design, seeded
 from smslib.distributions import Moments, gaussian_log_prob, straight_through_bernoulli
 
 __all__ = [
@@ -82,6 +82,47 @@ class Slab(nn.Module):
         """Return what shifts are charged behind gates so probably open, nats over the screen."""
         return torch.zeros(())
 
+    def best(
+        self, n_cells: Float[Tensor, ""], mean: Float[Tensor, " latent"]
+    ) -> Float[Tensor, " latent"]:
+        """Return the shift that a target's cells ask for, prior standard deviations.
+
+        Parameters
+        ----------
+        n_cells : Tensor, ()
+            Sum of the squared doses of the cells: their number, at dose one.
+        mean : Tensor, (n_latent,)
+            Mean of their posterior means, weighted by dose and per dose.
+        """
+        return mean
+
+    def evidence(
+        self, n_cells: Float[Tensor, ""], mean: Float[Tensor, " latent"]
+    ) -> Float[Tensor, " latent"]:
+        """Return the nats by which the bound prefers that shift to none.
+
+        They are ``n m^2 / 2`` for n cells with mean m (derived in `smslib.transfer.adapt`).
+
+        Parameters
+        ----------
+        n_cells, mean : Tensor
+            As in `best`.
+        """
+        return n_cells * mean.square() / 2
+
+    def threshold(
+        self, nats: float, n_cells: Float[Tensor, " target"]
+    ) -> Float[Tensor, " target"]:
+        """Return the mean at which the evidence is so many nats; 0 where it is never less.
+
+        Parameters
+        ----------
+        nats : float
+        n_cells : Tensor, (n_targets,)
+            As in `best`, of each target.
+        """
+        return (2.0 * nats / n_cells).clamp(min=0.0).sqrt()
+
 
 class NoSlab(Slab):
     """No shift at all: VAE and beta-VAE."""
@@ -105,7 +146,8 @@ class PointSlab(Slab):
     @classmethod
     def at(cls, mean: Float[Tensor, "target latent"]) -> PointSlab:
         """Return shifts that start at the given values."""
-        slab = cls(*mean.shape)
+        with seeded(0):  # what is drawn is not used, and must not move the caller's draws
+            slab = cls(*mean.shape)
         slab.mean = nn.Parameter(mean.detach().clone())
         return slab
 
@@ -160,6 +202,37 @@ class GaussianSlab(PointSlab):
         kl = 0.5 * (relative - 1.0 - self.log_variance) + math.log(self.scale)
         return (opened * kl).sum()
 
+    def best(
+        self, n_cells: Float[Tensor, ""], mean: Float[Tensor, " latent"]
+    ) -> Float[Tensor, " latent"]:
+        """Return the posterior mean, which the prior has shrunk."""
+        return n_cells * mean / self._precision(n_cells)
+
+    def evidence(
+        self, n_cells: Float[Tensor, ""], mean: Float[Tensor, " latent"]
+    ) -> Float[Tensor, " latent"]:
+        r"""Return :math:`\frac{(n m)^2}{2 k} - \frac12 \log(k\, scale^2)`, a log Bayes factor.
+
+        With :math:`k = n + 1 / scale^2`; the second term is the price of a shift that the prior
+        did not foretell.
+        """
+        fit = (n_cells * mean).square() / (2.0 * self._precision(n_cells))
+        return fit - self._price(n_cells)
+
+    def threshold(
+        self, nats: float, n_cells: Float[Tensor, " target"]
+    ) -> Float[Tensor, " target"]:
+        """Return the mean at which the evidence is so many nats; 0 where it is never less."""
+        needed = (nats + self._price(n_cells)).clamp(min=0.0)
+        return (2.0 * self._precision(n_cells) * needed).sqrt() / n_cells
+
+    def _precision(self, n_cells: Float[Tensor, "*target"]) -> Float[Tensor, "*target"]:
+        """Return that of the posterior of a shift."""
+        return n_cells + self.scale**-2
+
+    def _price(self, n_cells: Float[Tensor, "*target"]) -> Float[Tensor, "*target"]:
+        return 0.5 * (self._precision(n_cells) * self.scale**2).log()
+
 
 class Gate(nn.Module):
     """Whether each target moves each latent: (n_targets, n_latent)."""
@@ -183,8 +256,8 @@ class Gate(nn.Module):
     def asked(self) -> float:
         """Return the evidence, nats, beyond which a gate ends more open than shut.
 
-        The evidence for an edge is ``n m^2 / 2`` for n cells with a shift of m prior standard
-        deviations (derived in `smslib.transfer.adapt`).
+        It is that of `Slab.evidence`, which a shift that has a prior makes less. Minus infinity
+        of a gate that is open whatever the cells say.
         """
         return 0.0
 
@@ -206,6 +279,10 @@ class FixedGate(Gate):
     def forward(self) -> Float[Tensor, "target latent"]:
         """Return the given gates."""
         return self.probability
+
+    def asked(self) -> float:
+        """Return minus infinity: what is given asks for nothing."""
+        return -math.inf
 
 
 class OpenGate(FixedGate):
@@ -312,12 +389,9 @@ class BetaGate(LogitGate):
 
     def asked(self) -> float:
         """Return what the chosen treatment of w asks of an edge; none where the prior is flat."""
-        nats = {
-            "tied": 2.0 * (self.alpha - 1.0),
-            "profile": math.log(max(1.0, 2.0 * self.alpha - 1.0)),
-            "collapsed": math.log(self.alpha),
-        }
-        return max(0.0, nats[self.weight])
+        if self.weight == "tied":
+            return 2.0 * (self.alpha - 1.0) if self.alpha >= 1.0 else -math.inf
+        return math.log(self.alpha if self.weight == "collapsed" else 2.0 * self.alpha - 1.0)
 
     def _tied(self) -> Float[Tensor, "target latent"]:
         return (self.alpha - 1) * functional.softplus(self.logit) - math.log(self.alpha)
@@ -430,6 +504,16 @@ class ShiftPrior(nn.Module):
     def graph(self, *, threshold: float = 0.5) -> Bool[Tensor, "target latent"]:
         """Return the estimated mechanism graph: edges more probable than ``threshold``."""
         return self.gate() > threshold
+
+    def thresholds(self, n_cells: Float[Tensor, " target"]) -> Float[Tensor, " target"]:
+        """Return the mean of its cells, per dose, beyond which a target moves a latent.
+
+        Parameters
+        ----------
+        n_cells : Tensor, (n_targets,)
+            Of each target, as in `Slab.best`.
+        """
+        return self.slab.threshold(self.gate.asked(), n_cells)
 
     def probabilities(self) -> Float[np.ndarray, "target latent"]:
         """Return the probability of every edge."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from smslib.priors import (
     OpenGate,
     PointSlab,
     ShiftPrior,
+    Slab,
 )
 from smslib.train import TrainConfig, fit
 
@@ -96,21 +97,17 @@ def extend(model: SMSVAE, design: Design) -> SMSVAE:
     Raises
     ------
     ValueError
-        If the design does not begin with the one that the model knows.
+        If the design does not begin with the one that the model knows, doses included.
     """
     known = model.prior.design
-    n_old = known.n_targets
-    if (
-        design.conditions[: known.n_conditions] != known.conditions
-        or design.targets[:n_old] != known.targets
-    ):
+    if not _begins_with(design, known):
         raise ValueError(
-            "the design does not begin with the conditions and targets the model was trained on; "
-            "make it with model.prior.design.extend(new_conditions)"
+            "the design does not begin with the conditions, targets and doses the model was "
+            "trained on; make it with model.prior.design.extend(new_conditions)"
         )
     larger = binarise(model)
     slab, gate = larger.prior.slab, larger.prior.gate
-    pad = (0, 0, 0, design.n_targets - n_old)
+    pad = (0, 0, 0, design.n_targets - known.n_targets)
     gate.probability = nn.functional.pad(gate.probability, pad, value=1.0)
     if isinstance(slab, NoSlab):
         slab.zero = nn.functional.pad(slab.zero, pad)
@@ -119,6 +116,17 @@ def extend(model: SMSVAE, design: Design) -> SMSVAE:
     like_the_model = replace(design, matrix=design.matrix.to(model.prior.dose))
     larger.prior = ShiftPrior(like_the_model, slab, gate)
     return larger
+
+
+def _begins_with(design: Design, known: Design) -> bool:
+    n_conditions, n_targets = known.n_conditions, known.n_targets
+    if (
+        design.conditions[:n_conditions] != known.conditions
+        or design.targets[:n_targets] != known.targets
+    ):
+        return False
+    doses = nn.functional.pad(known.matrix, (0, design.n_targets - n_targets))
+    return torch.equal(design.matrix[:n_conditions].to(doses), doses)
 
 
 def adapt(
@@ -130,13 +138,15 @@ def adapt(
     config: TrainConfig | None = None,
     drift: bool = False,
     gates: Literal["open", "learned"] = "open",
+    beta: float = 1.0,
 ) -> SMSVAE:
     r"""Return a copy that has learned the shifts of the new conditions of ``design``.
 
     Encoder and decoder stay as they are, so the ELBO depends on a new shift only through
     :math:`KL(q(z|x) \| N(\mu, I))`, and its optimum is the mean of the cells' posterior means: one
-    pass, where the released code takes 300 epochs. Where the posterior mean itself uses the prior
-    (``newton``), the pass is repeated until the shifts agree with the means they imply.
+    pass, where the released code takes 300 epochs. Shifts with a prior (CPA-VAE, SAMS-VAE) are
+    shrunk by it. Where the posterior mean itself uses the prior (``newton``), the pass is repeated
+    until the shifts agree with the means they imply.
 
     Parameters
     ----------
@@ -144,10 +154,12 @@ def adapt(
     cells : Cells
         Cells of the new conditions, labelled by ``design``.
     design : Design
-        The model's design extended by single-target conditions.
+        The model's design extended by conditions of one new target each; several may share it,
+        at doses of their own. A new condition of known targets alone has their shifts.
     how : {"closed-form", "gradient"}
         "gradient" fits by Adam in training mode, as released: with batch normalisation and
-        dropout the shifts are then fitted to other codes than those they are scored with.
+        dropout the shifts are then fitted to other codes than those they are scored with. A prior
+        of the shifts has no part in it.
     config : TrainConfig, optional
         For "gradient"; 300 epochs at 0.005 without warm-up by default, as released.
     drift : bool
@@ -158,13 +170,16 @@ def adapt(
         for which the cells outweigh the sparsity that the model was trained with. "learned" needs
         the closed form and a model whose gates are not binarised; a method without sparsity keeps
         its gates open.
+    beta : float
+        Weight of the KL term that the model was trained with: it weighs the cells against the
+        sparsity and the prior of the shifts.
 
     Raises
     ------
     ValueError
-        If a new condition has no cells, or is not a single target of its own; if ``how`` or
-        ``gates`` is unknown; for ``drift`` without gradients; or for gates to be learned by
-        gradients or from a binarised model.
+        If a condition with a new target has no cells, or another target besides; if the design is
+        no extension (`extend`); if ``how`` or ``gates`` is unknown; for ``drift`` without
+        gradients; or for gates to be learned by gradients or from a binarised model.
 
     Notes
     -----
@@ -190,22 +205,34 @@ def adapt(
     L1                  1 if L exceeds the strength, else 0    :math:`L >` strength
     ==================  =====================================  ================================
 
-    The first line is the threshold :math:`|\bar m| > \sqrt{4 (\alpha - 1) / n}` of training. With
-    ``newton`` the posterior means lean on the prior, and shifts and gates are found in turn,
+    The first line is the threshold :math:`|\bar m| > \sqrt{4 (\alpha - 1) / n}` of training. Under
+    a weight :math:`\beta` of the KL term, n is :math:`\beta` times the number of cells, and of
+    several doses :math:`\sum_i d_i^2` stands for it and :math:`\sum_i d_i m_i / \sum_i d_i^2` for
+    :math:`\bar m / d`.
+
+    A shift with the prior :math:`N(0, s^2)` and the posterior :math:`N(\mu, v)` is charged
+    :math:`\pi\, KL(N(\mu, v) \| N(0, s^2))`, too, and the bracket has :math:`\mu^2 + v` for
+    :math:`\mu^2`. At dose one and with :math:`k = n + 1 / s^2` it is then largest at
+    :math:`\mu = n \bar m / k` and :math:`v = 1 / k`, where
+    :math:`L = n^2 \bar m^2 / 2k - \tfrac12 \log(k s^2)`: a log Bayes factor. Of its posterior the
+    mean is kept.
+
+    With ``newton`` the posterior means lean on the prior, and shifts and gates are found in turn,
     starting from open gates: an edge stays if training would have held it open.
     """
     _check_how(how, drift=drift)
     _check_gates(gates, how, model.prior.gate)
     larger = extend(model, design)
-    new = range(model.prior.design.n_conditions, design.n_conditions)
-    _check_new(cells, design, new, n_known=model.prior.design.n_targets)
+    _check_new(cells, design, model.prior.design)
     if isinstance(larger.prior.slab, NoSlab):
         return larger
+    known = model.prior.design.n_targets
     if how == "gradient":
-        return _adapt_by_gradient(larger, cells, config, drift=drift)
-    _settle(larger, cells, new, OpenGate(0, 0))
+        return _adapt_by_gradient(larger, cells, config, n_known=known, drift=drift)
+    rule = _Rule(model.prior.slab, OpenGate(0, 0), beta)
+    _settle(larger, cells, known, rule)
     if gates == "learned":
-        _settle(larger, cells, new, model.prior.gate)
+        _settle(larger, cells, known, rule._replace(gate=model.prior.gate))
     return larger
 
 
@@ -280,24 +307,37 @@ def _stage_table(
     return pd.concat(tables, ignore_index=True)
 
 
-def _settle(model: SMSVAE, cells: Cells, new: range, gate: Gate) -> None:
-    """Learn the new shifts, and their gates under the sparsity of ``gate``."""
+class _Rule(NamedTuple):
+    """What decides a new shift and its gate, besides the cells."""
+
+    slab: Slab
+    gate: Gate
+    beta: float
+
+
+def _settle(model: SMSVAE, cells: Cells, n_known: int, rule: _Rule) -> None:
+    """Learn the shifts and gates of all targets after the known ones."""
     for _ in range(_MOST_PASSES if model.newton else 1):
-        if _move_shifts(model, cells, new, gate) < _CLOSE_ENOUGH:
+        if _move_shifts(model, cells, n_known, rule) < _CLOSE_ENOUGH:
             break
 
 
 @torch.no_grad()
-def _move_shifts(model: SMSVAE, cells: Cells, new: range, gate: Gate) -> float:
-    """Set each new shift to the mean of its cells' posterior means; return the largest move."""
+def _move_shifts(model: SMSVAE, cells: Cells, n_known: int, rule: _Rule) -> float:
+    """Set each new shift to the best for its cells' posterior means; return the largest move."""
     codes = torch.from_numpy(latents(model, cells)).to(model.device)
     prior = model.prior
     before = prior.gate() * prior.slab()
-    for row in new:
-        target, mine = int(prior.dose[row].argmax()), codes[cells.condition == row]
-        mean = mine.mean(0)
-        prior.slab.mean[target] = mean / prior.dose[row, target]
-        prior.gate.probability[target] = _best_gate(gate, len(mine) * mean.square() / 2)
+    for target in range(n_known, len(prior.targets)):
+        dose = prior.dose[cells.condition, target]
+        mine = dose.nonzero()[:, 0]
+        if not len(mine):
+            continue
+        n_cells = dose.square().sum()
+        mean = (dose[mine].unsqueeze(1) * codes[mine]).sum(0) / n_cells
+        prior.slab.mean[target] = rule.slab.best(rule.beta * n_cells, mean)
+        evidence = rule.slab.evidence(rule.beta * n_cells, mean)
+        prior.gate.probability[target] = _best_gate(rule.gate, evidence)
     return float((prior.gate() * prior.slab() - before).abs().max())
 
 
@@ -306,13 +346,15 @@ def _best_gate(gate: Gate, evidence: Float[Tensor, " latent"]) -> Float[Tensor, 
     if isinstance(gate, L1Gate):
         return (evidence > gate.strength).to(evidence)
     if not isinstance(gate, BetaGate):
-        return torch.ones_like(evidence)
+        return (evidence >= gate.asked()).to(evidence)
     return {"tied": _best_tied, "profile": _best_profile, "collapsed": _best_collapsed}[
         gate.weight
     ](evidence, gate.alpha).clamp(0.0, 1.0)
 
 
 def _best_tied(evidence: Float[Tensor, " latent"], alpha: float) -> Float[Tensor, " latent"]:
+    if alpha == 1.0:  # nothing is charged
+        return (evidence >= 0).to(evidence)
     return 1.0 - (alpha - 1.0) / evidence.clamp(min=_NO_NATS)
 
 
@@ -325,9 +367,9 @@ def _best_collapsed(evidence: Float[Tensor, " latent"], alpha: float) -> Float[T
 
 
 def _adapt_by_gradient(
-    model: SMSVAE, cells: Cells, config: TrainConfig | None, *, drift: bool
+    model: SMSVAE, cells: Cells, config: TrainConfig | None, *, n_known: int, drift: bool
 ) -> SMSVAE:
-    """Fit the slab alone, in training mode."""
+    """Fit the new rows of the slab alone, in training mode."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in (model.decoder if drift else model).modules():
@@ -335,7 +377,11 @@ def _adapt_by_gradient(
             module.momentum = 0.0
     model.prior.slab.mean.requires_grad_(True)
     released = TrainConfig(learning_rate=5e-3, schedule="constant", warmup_epochs=0)
+    mean = model.prior.slab.mean
+    known = mean[:n_known].detach().clone()
     fit(model, cells, config or released)
+    with torch.no_grad():  # weight decay moves these, too, and so do cells of known conditions
+        mean[:n_known] = known
     return model
 
 
@@ -364,20 +410,16 @@ def _check_gates(gates: str, how: str, gate: Gate) -> None:
         )
 
 
-def _check_new(cells: Cells, design: Design, new: range, *, n_known: int) -> None:
-    """Refuse new conditions without cells, or whose shift is not a parameter of their own."""
+def _check_new(cells: Cells, design: Design, known: Design) -> None:
+    """Refuse new targets without cells of their own."""
     present = set(cells.condition.unique().tolist())
-    for row in new:
-        name = design.conditions[row]
-        if row not in present:
-            raise ValueError(f"new condition {name!r} has no cells to learn its shift from")
-        if int((design.matrix[row] != 0).sum()) != 1:
+    for row in range(known.n_conditions, design.n_conditions):
+        name, targets = design.conditions[row], design.matrix[row].nonzero()[:, 0]
+        if not bool((targets >= known.n_targets).any()):
+            continue
+        if len(targets) > 1:
             raise ValueError(
                 f"new condition {name!r} is not a single target; adapt to its targets one by one"
             )
-        target = int(design.matrix[row].argmax())
-        if target < n_known:
-            raise ValueError(
-                f"new condition {name!r} perturbs {design.targets[target]!r}, which the model "
-                "knows already; only new targets have a shift to learn"
-            )
+        if row not in present:
+            raise ValueError(f"new condition {name!r} has no cells to learn its shift from")

@@ -1,6 +1,7 @@
 """Slabs, gates and the prior: against scipy, enumeration over gates, grids and integrals."""
 
 import itertools
+import math
 
 import jaxtyping
 import numpy as np
@@ -165,8 +166,10 @@ def test_what_a_gate_asks_parts_the_evidence_that_opens_it_from_that_which_does_
 
 
 def test_open_gates_ask_for_nothing():
-    assert OpenGate(1, 1).asked() == LogitGate(1, 1).asked() == 0.0
-    assert BetaGate(1, 1, alpha=1.0).asked() == 0.0
+    assert LogitGate(1, 1).asked() == BetaGate(1, 1, alpha=1.0).asked() == 0.0
+    assert OpenGate(1, 1).asked() == BetaGate(1, 1, alpha=0.5).asked() == -math.inf
+    # A prior that expects an edge asks for less than nothing.
+    assert BernoulliGate(1, 1, p=0.9).asked() == pytest.approx(-math.log(9.0))
 
 
 def test_the_penalty_is_summed_over_the_screen():
@@ -336,6 +339,67 @@ def test_a_point_slab_starts_where_it_is_told_and_is_a_copy():
     mean.fill_(9.0)
     assert slab().tolist() == [[1.0, 2.0]]
     assert slab.mean.requires_grad
+
+
+def test_a_point_slab_leaves_the_global_random_state_alone():
+    before = torch.random.get_rng_state()
+    PointSlab.at(torch.zeros(2, 3))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_the_evidence_for_a_gaussian_shift_is_a_log_bayes_factor(scale):
+    """The mean of n cells is N(0, 1/n) without a shift, and N(0, scale^2 + 1/n) with one."""
+    n, mean = 40, np.array([0.0, 0.2, -0.7])
+    with_shift, without = stats.norm(0, np.hypot(scale, n**-0.5)), stats.norm(0, n**-0.5)
+    slab, given_mean = GaussianSlab(1, 3, scale=scale), torch.from_numpy(mean)
+    found = slab.evidence(torch.tensor(float(n)), given_mean)
+    np.testing.assert_allclose(found, with_shift.logpdf(mean) - without.logpdf(mean))
+    shrunk = n * mean / (n + scale**-2)
+    np.testing.assert_allclose(slab.best(torch.tensor(float(n)), given_mean), shrunk)
+
+
+def at_its_best(gate, mean, n):
+    """Minimise n cells' divergence plus the penalty over gate and slab; return the gate."""
+    design, best = Design.single_target(["t"]), {}
+    for start in (4.0, -4.0):
+        prior = ShiftPrior(design, GaussianSlab(1, 1), gate).double()
+        with torch.no_grad():
+            prior.slab.mean.fill_(mean)
+            gate.logit.fill_(start)
+        optimizer = torch.optim.LBFGS(
+            prior.parameters(), max_iter=500, line_search_fn="strong_wolfe"
+        )
+
+        def loss(prior=prior, optimizer=optimizer):
+            optimizer.zero_grad()
+            shift = prior().at(1)
+            gap = (0.5 * ((mean - shift.mean) ** 2 + shift.variance)).sum()
+            value = n * gap + prior.penalty()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        best[loss().item()] = gate().item()
+    return best[min(best)]
+
+
+@pytest.mark.parametrize(
+    ("p", "n", "by_hand"), [(0.01, 50, 0.517), (0.1, 50, 0.412), (0.1, 300, 0.184)]
+)
+def test_thresholds_of_sams_vae_are_where_the_bound_opens_a_gate(p, n, by_hand):
+    """n^2 m^2 / 2 (n + 1) - log(n + 1) / 2 = log((1 - p) / p)."""
+    gate = BernoulliGate(1, 1, p=p)
+    prior = ShiftPrior(Design.single_target(["t"]), GaussianSlab(1, 1), gate)
+    threshold = prior.thresholds(torch.tensor([float(n)])).item()
+    assert threshold == pytest.approx(by_hand, abs=1e-3)
+    assert at_its_best(gate, 0.97 * threshold, n) < 0.5 < at_its_best(gate, 1.03 * threshold, n)
+
+
+def test_always_open_gates_have_no_threshold_whatever_the_slab():
+    for slab in (PointSlab(2, 1), GaussianSlab(2, 1)):
+        prior = ShiftPrior(Design.single_target(["a", "b"]), slab, OpenGate(2, 1))
+        assert prior.thresholds(torch.tensor([5.0, 50.0])).tolist() == [0.0, 0.0]
 
 
 def test_a_gaussian_slab_refuses_a_scale_that_is_none():

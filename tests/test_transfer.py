@@ -15,7 +15,7 @@ from smslib.data import Cells, Design, split_cells
 from smslib.distributions import kl_to_shifted_normal
 from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
-from smslib.priors import BetaGate, L1Gate, PointSlab
+from smslib.priors import BernoulliGate, BetaGate, GaussianSlab, L1Gate, PointSlab
 from smslib.train import TrainConfig, fit
 from smslib.transfer import adapt, binarise, extend, protocol
 
@@ -99,8 +99,20 @@ def test_extended_model_knows_the_old_and_expects_nothing_of_the_new():
 
 
 def test_a_design_that_does_not_begin_with_the_known_one_is_refused():
-    with pytest.raises(ValueError, match=r"make it with model\.prior\.design\.extend"):
-        extend(make_model(), Design.single_target(["b", "a", "c"]))
+    other_dose, known_in_new = LARGER.matrix.clone(), LARGER.matrix.clone()
+    other_dose[1, 0], known_in_new[2, 2] = 5.0, 1.0
+    doses = (other_dose, known_in_new)
+    wrong = [Design(LARGER.conditions, LARGER.targets, matrix) for matrix in doses]
+    for design in (Design.single_target(["b", "a", "c"]), *wrong):
+        with pytest.raises(ValueError, match=r"make it with model\.prior\.design\.extend"):
+            extend(make_model(), design)
+
+
+@pytest.mark.parametrize("method", ["svae+", "sams-vae"])
+def test_extending_leaves_the_global_random_state_alone(method):
+    model, before = make_model(method), torch.random.get_rng_state()
+    extend(model, LARGER)
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 # ---------------------------------------------------------------- adapt: the closed form
@@ -132,6 +144,18 @@ def test_a_dose_divides_the_shift():
     double = adapt(make_model(), NEW, design=doubled).prior.slab()
     torch.testing.assert_close(2.0 * double[2], single[2])
     torch.testing.assert_close(double[3], single[3])
+
+
+@pytest.mark.parametrize("doses", [(1.0, 2.0), (2.0, 1.0), (-1.0, 0.5)])
+def test_conditions_of_one_new_target_share_its_shift(doses):
+    """At several doses, of either sign: where autograd finds no gradient."""
+    pooled = DESIGN.extend(["c"])
+    matrix = torch.cat([pooled.matrix, torch.zeros(1, 3)])
+    matrix[3:, 2] = torch.tensor(doses)
+    design = Design((*pooled.conditions, "c again"), pooled.targets, matrix)
+    adapted = adapt(make_model(), NEW, design=design)
+    assert adapted.prior.slab()[2].abs().max() > 0.01
+    assert slab_gradient(adapted, NEW).abs().max() < 1e-10
 
 
 def test_gradient_descent_arrives_at_the_closed_form():
@@ -302,6 +326,31 @@ def test_learned_gates_are_the_marginals_over_all_patterns_of_gates():
         total = sum(weights.values())
         by_hand = sum(np.array(pattern) * w for pattern, w in weights.items()) / total
         np.testing.assert_allclose(learned[target - 2], by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.4])
+def test_shifts_with_a_prior_and_their_gates_leave_the_objective_no_gradient(p):
+    model, cells = make_model("sams-vae", sparsity=p), make_cells([3, 4], n_each=6)
+    adapted = adapt(model, cells, design=LARGER, gates="learned")
+    slab, gate = GaussianSlab(4, N_LATENT).double(), BernoulliGate(4, N_LATENT, p=p).double()
+    with torch.no_grad():
+        slab.mean.copy_(adapted.prior.slab())
+        slab.log_variance.fill_(-np.log(6 + 1))
+        gate.logit.copy_(torch.logit(adapted.prior.gate().clamp(1e-9, 1 - 1e-9)))
+    adapted.prior.slab, adapted.prior.gate = slab, gate
+    loss = kl_of(adapted, cells) + adapted.prior.penalty()
+    parts = [slab.mean, slab.log_variance, gate.logit]
+    for gradient in torch.autograd.grad(loss, parts):
+        assert gradient[2:].abs().max() < 1e-9
+
+
+def test_a_weight_of_the_kl_counts_cells_as_often():
+    twice = Cells(NEW.counts.repeat(2, 1), NEW.condition.repeat(2))
+    for model in (gated(alpha=3.0), make_model("sams-vae")):
+        weighted = adapt(model, NEW, design=LARGER, gates="learned", beta=2.0)
+        repeated = adapt(model, twice, design=LARGER, gates="learned")
+        torch.testing.assert_close(weighted.prior.gate(), repeated.prior.gate())
+        torch.testing.assert_close(weighted.prior.slab(), repeated.prior.slab())
 
 
 @pytest.mark.parametrize("weight", ["tied", "profile", "collapsed"])
@@ -476,6 +525,14 @@ def test_adapting_changes_nothing_that_was_known(how, norm):
     np.testing.assert_array_equal(latents(adapted, known), latents(model, known))
 
 
+def test_gradients_move_no_known_shift_by_weight_decay_or_by_known_cells():
+    model, cells = make_model(dtype=torch.float32), make_cells([1, 3, 4], dtype=torch.float32)
+    config = TrainConfig(epochs=3, warmup_epochs=0, weight_decay=1e-3)
+    adapted = adapt(model, cells, design=LARGER, how="gradient", config=config)
+    assert torch.equal(adapted.prior.slab()[:2], model.prior.slab())
+    assert adapted.prior.slab()[2:].abs().min() > 0
+
+
 def test_each_shift_comes_from_its_own_cells_only():
     both = adapt(make_model(), NEW, design=LARGER).prior.slab()
     other = Cells(NEW.counts.clone(), NEW.condition)
@@ -541,12 +598,15 @@ def test_a_new_combination_is_refused():
         adapt(make_model(), NEW, design=combined)
 
 
-def test_a_new_condition_of_a_known_target_is_refused():
-    again = Design(
-        (*DESIGN.conditions, "a, again"), DESIGN.targets, torch.eye(3)[[0, 1, 2, 1]][:, 1:]
-    )
-    with pytest.raises(ValueError, match="'a, again' perturbs 'a', which the model knows"):
-        adapt(make_model(), make_cells([3]), design=again)
+def test_a_new_condition_of_known_targets_has_their_shifts():
+    rows = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 1]])
+    larger = DESIGN.extend(["c"])
+    names = (*DESIGN.conditions, "a, again", "a+b", "c")
+    design = Design(names, larger.targets, torch.cat([larger.matrix[:3], rows]))
+    adapted = adapt(make_model(), make_cells([3, 5]), design=design, gates="learned")
+    mode = adapted.prior.mode()
+    torch.testing.assert_close(mode[:3], make_model().prior.mode())
+    torch.testing.assert_close(mode[3:5], torch.stack([mode[1], mode[1] + mode[2]]))
 
 
 def test_passes_end_when_the_shifts_stand_still(monkeypatch):
