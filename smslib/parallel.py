@@ -74,6 +74,6 @@ def check(model: SMSVAE, given: object, group: distributed.ProcessGroup) -> None
     if differing:
         raise ValueError(
             f"process {group.rank()} was given {given}, process {differing[0]} "
-            f"{every[differing[0]]}; give all the same cells and configuration: batches are "
-            "shared out by fit itself"
+            f"{every[differing[0]]}; give all the same model, cells and configuration (last comes "
+            "a digest of their values): batches are shared out by fit itself"
         )

@@ -139,9 +139,8 @@ def _epoch(
     kl_weight = torch.tensor([one["kl_weight"] for one in each], device=cells.device)
     penalty_weight = each[0]["penalty_weight"] / n_cells
     scale = n_cells if runs[0].config.loss_scale == "screen" else 1
-    orders = [
-        minibatches(cells, size, generator=run.order, smallest=min(3, n_cells)) for run in runs
-    ]
+    smallest = train._smallest_batch(runs[0].config, n_cells)
+    orders = [minibatches(cells, size, generator=run.order, smallest=smallest) for run in runs]
     seen, n_steps = [], -(-n_cells // size)
     for step, batches in enumerate(zip(*orders, strict=True)):
         optimizer.set_rate(epoch + step / n_steps)
@@ -273,7 +272,7 @@ def _check(models: Sequence[SMSVAE], configs: Sequence[TrainConfig]) -> None:
         f"estimator={model.estimator!r}": model.estimator != "expected",
         "newton=True": model.newton,
         f"optimizer={config.optimizer!r}": config.optimizer != "adam",
-        f"n_draws={config.n_draws}": config.n_draws > 1 and config.weighted_share > 0,
+        f"n_draws={config.n_draws}": config.n_draws > 1,
         f"max_grad_norm={config.max_grad_norm}": config.max_grad_norm is not None,
     }
     if any(asked.values()):

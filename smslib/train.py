@@ -97,7 +97,8 @@ class TrainConfig:
     ------
     ValueError
         If a choice is none of those listed, a share is none, or there are no epochs, cells in a
-        batch, draws, or epochs of patience; if ``beta`` or ``warmup_epochs`` is negative.
+        batch, draws, or epochs of patience; if ``beta`` or ``warmup_epochs`` is negative; or if
+        there are several draws and no share of the epochs takes them.
     """
 
     epochs: int = 300
@@ -123,6 +124,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what would otherwise pass for another choice in silence."""
+        for name, value in vars(self).items():
+            if hasattr(value, "item"):  # of NumPy, which neither a file nor a generator takes
+                object.__setattr__(self, name, value.item())
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}")
@@ -135,6 +139,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
+        if self.n_draws > 1 and self.weighted_share == 0:
+            raise ValueError(
+                f"n_draws is {self.n_draws}, but weighted_share is 0 and no epoch takes them; "
+                "give the share of the epochs that are to, or n_draws=1"
+            )
 
 
 @dataclass
@@ -200,7 +209,8 @@ def fit(
     model : SMSVAE
     cells : Cells or Batches
         Training cells, on the device of the model. Of Batches, every epoch is one pass, in the
-        loader's order and batches, which must not be larger than ``config.batch_size``.
+        loader's order and batches, which must not be larger than ``config.batch_size``. A batch
+        of one or two cells, the rest of an epoch, is left out if batches are larger than that.
     config : TrainConfig, optional
     validation : Cells or Batches, optional
         Same conditions, other cells: for early stopping and for the choice of the best weights.
@@ -242,7 +252,8 @@ def fit(
     if group is not None:
         rank = group.rank()
         n_validation = validation.n_cells if validation is not None else 0
-        parallel.check(model, (cells.n_cells, n_validation, config), group)
+        digest = _identity(model, config, cells, validation)
+        parallel.check(model, (cells.n_cells, n_validation, config, digest), group)
     newton = model.newton
     try:
         with seeded(config.seed + rank, model.device):
@@ -275,8 +286,18 @@ class _Course:
         path, fit = None, ""
         if checkpoint is not None:
             path = Path(checkpoint)
-            fit = identity(model.tensors(), (config, model.settings()), cells, validation)
+            fit = _identity(model, config, cells, validation)
         self.kept = Checkpoint(path, fit, parts, self.order, model.device)
+
+
+def _identity(
+    model: SMSVAE,
+    config: TrainConfig,
+    cells: Cells | Batches,
+    validation: Cells | Batches | None,
+) -> str:
+    """Return a digest of what decides a fit."""
+    return identity(model.tensors(), (config, model.settings()), cells, validation)
 
 
 def _loop(
@@ -326,9 +347,8 @@ def _epoch(
     n_draws = _draws(config, epoch)
     scale = n_cells if config.loss_scale == "screen" else 1
     seen = []
-    batches = minibatches(
-        cells, config.batch_size, generator=course.order, smallest=min(3, n_cells)
-    )
+    smallest = _smallest_batch(config, n_cells)
+    batches = minibatches(cells, config.batch_size, generator=course.order, smallest=smallest)
     for step, batch in enumerate(batches):
         optimizer.set_rate(epoch + min(1.0, step / n_steps))
         terms = model(batch, n_draws=n_draws)
@@ -340,6 +360,11 @@ def _epoch(
         means = (terms.reconstruction.mean(), terms.kl.mean(), terms.penalty / n_cells)
         seen.append(torch.stack([value.detach() for value in means]))
     return _summary(parallel.average(torch.stack(seen), group), epoch)
+
+
+def _smallest_batch(config: TrainConfig, n_cells: int) -> int:
+    """Return how many cells a batch must have to be trained on, where any batch can."""
+    return min(3, n_cells, config.batch_size)
 
 
 def _summary(steps: Float[Tensor, "step term"], epoch: int) -> dict[str, float]:

@@ -93,7 +93,7 @@ def test_processes_that_were_given_different_cells_are_refused(together):
     refused = [told["refused"]["cells"] for told in together[0]]
     assert refused[0].startswith("process 0 was given (61, 0, TrainConfig(")
     assert "process 1 (62, 0, TrainConfig(" in refused[0]
-    assert "give all the same cells and configuration" in refused[1]
+    assert "give all the same model, cells and configuration" in refused[1]
 
 
 def test_batch_normalisation_is_refused(together):

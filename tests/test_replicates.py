@@ -75,8 +75,9 @@ def test_each_fit_is_its_own_sequential_fit(method):
     [
         {"loss_scale": "screen", "adam_eps": 0.01, "weight_decay": 1e-4},
         {"schedule": "constant", "warm_penalty": False, "batch_size": 34},
+        {"batch_size": 2, "epochs": 1, "warmup_epochs": 0},
     ],
-    ids=["as released", "short tail"],
+    ids=["as released", "short tail", "small batches"],
 )
 def test_other_trainings_too(changes):
     compare(make_models(n_layers_decoder=3), configs(**changes), n_layers_decoder=3)

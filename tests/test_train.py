@@ -3,8 +3,10 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -468,7 +470,7 @@ def draws_by_epoch(monkeypatch, **changes):
 
 @pytest.mark.parametrize(
     ("share", "expected"),
-    [(0.0, [1] * 4), (0.25, [1, 1, 1, 3]), (0.3, [1, 1, 1, 3]), (1.0, [3] * 4)],
+    [(0.1, [1] * 4), (0.25, [1, 1, 1, 3]), (0.3, [1, 1, 1, 3]), (1.0, [3] * 4)],
 )
 def test_the_last_epochs_take_more_draws(monkeypatch, share, expected):
     assert draws_by_epoch(monkeypatch, n_draws=3, weighted_share=share) == expected
@@ -504,6 +506,52 @@ def test_a_trailing_batch_too_small_for_batch_norm_is_left_out():
     assert len(history.rows) == 4
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batches_may_be_smaller_than_what_is_left_out_of_larger_ones(batch_size):
+    config = replace(QUICK, epochs=1, batch_size=batch_size)
+    _, history = trained(config, cells=make_cells(4))
+    assert math.isfinite(history.rows[0]["elbo"])
+
+
+def test_numbers_of_numpy_are_plain_numbers(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
+    config = replace(QUICK, seed=np.int64(3), learning_rate=np.float32(0.25))
+    assert config == replace(QUICK, seed=3, learning_rate=0.25)
+    assert (type(config.seed), type(config.learning_rate)) == (int, float)
+    trained(replace(config, epochs=np.int64(1)))
+
+
+def given_to_the_group(monkeypatch, model, cells, validation=None):
+    """Return what a process of a group compares with the others before it fits."""
+    told = []
+
+    def stop(_model, given, _group):
+        told.append(given)
+        raise InterruptedError
+
+    monkeypatch.setattr(train.parallel, "check", stop)
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    with pytest.raises(InterruptedError):
+        fit(model, cells, QUICK, validation=validation, group=group, progress=False)
+    return told[0]
+
+
+def test_processes_compare_weights_buffers_settings_and_cells(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # for the stand-in of a group
+    moved = make_model()
+    moved.centre.add_(1.0)
+    kinds = {
+        "the same": (make_model(), CELLS, OTHERS),
+        "alpha": (make_model(sparsity=50.0), CELLS, OTHERS),
+        "centre": (moved, CELLS, OTHERS),
+        "cells": (make_model(), make_cells(seed=5), OTHERS),
+        "validation": (make_model(), CELLS, make_cells(32, seed=5)),
+    }
+    given = {name: given_to_the_group(monkeypatch, *kind) for name, kind in kinds.items()}
+    assert given["the same"] == given_to_the_group(monkeypatch, make_model(), CELLS, OTHERS)
+    assert len(set(given.values())) == len(kinds)
+
+
 def test_no_bar_where_nobody_watches(capfd):
     fit(make_model(), CELLS, replace(QUICK, epochs=1), progress=False)
     assert capfd.readouterr() == ("", "")
@@ -523,6 +571,7 @@ def test_no_bar_where_nobody_watches(capfd):
         ({"encoder_share": -0.1}, "encoder_share is -0.1; expected a share"),
         ({"weighted_share": 2.0}, "weighted_share is 2.0; expected a share of the epochs"),
         ({"n_draws": 0}, "n_draws is 0; expected at least 1"),
+        ({"n_draws": 5}, "n_draws is 5, but weighted_share is 0 .* or n_draws=1"),
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
         ({"epochs": -3}, "epochs is -3; expected at least 1"),
         ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
