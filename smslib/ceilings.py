@@ -36,7 +36,7 @@ def told(model: SMSVAE, screen: Screen, *, epochs: int = 30, seed: int = 0) -> d
     screen : Screen
     epochs : int
     seed : int
-        Of the split and the batches.
+        Of the split. The order of the batches is the same for all.
 
     Returns
     -------

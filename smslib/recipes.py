@@ -37,6 +37,9 @@ class Recipe:
     network : dict
         Options of `smslib.model.SMSVAE`.
     train : TrainConfig
+        Whatever they are here, `build` sets ``seed``, ``beta``, ``warm_penalty`` and
+        ``loss_scale``, and where there are ``steps`` also ``batch_size``, ``epochs`` and
+        ``warmup_epochs``; to choose these, change what it returns.
     standardise : bool
         Whether the encoder sees log counts of mean 0 and variance 1.
     equal_scale : bool
@@ -71,7 +74,7 @@ class Recipe:
         return replace(self, network={**self.network, **options})
 
     def with_train(self, **options: object) -> Recipe:
-        """Return a copy with other options of the training."""
+        """Return a copy with other options of the training, but for those that `build` sets."""
         return replace(self, train=replace(self.train, **options))
 
 
@@ -249,7 +252,7 @@ def _schedule(
         seed=seed,
         **_length(plan, len(cells), epochs),
         beta=_beta(method, beta),
-        warm_penalty=plan.sparsity == "cells" or method == "svae+",
+        warm_penalty=plan.sparsity != "grid" or method == "svae+",
         loss_scale="screen" if summed else "cell",
     )
 

@@ -117,6 +117,23 @@ def test_shuffled_labels_leave_the_counts_of_each_condition(monkeypatch):
     assert torch.bincount(fitted["condition"], minlength=81)[1:].tolist() == 80 * [8]
 
 
+def test_a_fit_on_shuffled_labels_is_scored_within_the_true_conditions(monkeypatch):
+    told = {}
+
+    def spy(true, estimated, condition):
+        told.update(true=true, condition=condition)
+        return {}
+
+    monkeypatch.setattr(benchmark, "latent_scores", spy)
+    plan = {**benchmark.ARMS["smslib"], **SHORT, "method": "shuffled"}
+    screen = benchmark._screen(plan)
+    trained = benchmark._trained(screen)
+    done = benchmark._fit(plan, trained)
+    benchmark._recovery(done, screen, trained)
+    np.testing.assert_array_equal(told["condition"], trained.cells.condition)
+    assert (told["condition"] != done.cells.condition.numpy()).any()
+
+
 @pytest.mark.parametrize("method", ["pca", "lda", "regression"])
 def test_controls_need_no_model(method):
     found = benchmark.recover(TINY | {"method": method})

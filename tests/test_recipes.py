@@ -277,11 +277,23 @@ def test_a_real_screen_is_trained_for_steps_enough_and_for_epochs_enough(n_each,
     assert recipes.build(make_cells(n_each), DESIGN, **options)[1].epochs == epochs
 
 
-@pytest.mark.parametrize(("method", "nats"), [("svae+", 6.0), ("svae", 6.0), ("ivae", 0.0)])
+@pytest.mark.parametrize(("method", "nats"), [("svae+", 6.0), ("svae", 6.0)])
 def test_on_a_real_screen_alpha_is_the_number_of_targets(method, nats):
     model, _ = build(method, "screen")
     assert len(model.prior.design.targets) == 4
     assert model.prior.gate.asked() == nats  # 2 (alpha - 1)
+
+
+@pytest.mark.parametrize("recipe", ["smslib", "screen"])
+@pytest.mark.parametrize("method", ["svae", "svae+", "cpa-vae", "sams-vae"])
+def test_our_recipes_warm_every_penalty(method, recipe):
+    assert build(method, recipe)[1].warm_penalty
+
+
+def test_the_fields_that_a_recipe_does_not_decide_are_set_by_build():
+    plan = recipes.RECIPES["screen"].with_train(beta=4.0, loss_scale="cell", warm_penalty=False)
+    assert build("svae+", plan)[1] == build("svae+", "screen")[1]
+    assert build("svae+", plan.with_train(learning_rate=0.5))[1].learning_rate == 0.5
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 1), (10, 3), (7, 3), (100, 30)])
