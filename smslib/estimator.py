@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from smslib import files, metrics, recipes, transfer
+from smslib import metrics, recipes, transfer
 from smslib.data import Cells, Design, checked, from_anndata, labels, on_design, split_rows
 from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
@@ -32,7 +33,7 @@ __all__ = ["SMS", "stability"]
 _SETUP = "_smslib"  # where setup_anndata leaves its note, in adata.uns
 _FRONT = "front.json"  # what SMS.save adds to the two files of SMSVAE.save
 # What that remembers of a front, under these names without the underscore.
-_REMEMBERED = ("_genes", "_setup", "_seed", "_trained_on", "_seen", "_asked")
+_REMEMBERED = ("_genes", "_setup", "_seed", "_trained_on", "_thresholds")
 _STILL_OPEN = 0.9  # gates start at .993
 _N_LISTED = 5
 
@@ -59,8 +60,8 @@ class SMS:
     Raises
     ------
     ValueError
-        If `setup_anndata` was not called, or the counts do not pass `smslib.data.from_anndata`,
-        which also refuses cells without a condition.
+        If `setup_anndata` was not called, the counts do not pass `smslib.data.from_anndata`, which
+        also refuses cells without a condition, or no condition has five cells.
 
     Notes
     -----
@@ -105,9 +106,8 @@ class SMS:
         cells, design = from_anndata(adata, **setup)
         self._stand(adata, cells.to(device), setup, tuple(adata.var_names))
         self.history: History | None = None
-        self._seed, self._trained_on = seed, _digest(adata)
+        self._seed, self._trained_on = int(seed), _digest(adata)
         train = self._cells[self._rows()[0]]
-        self._seen = design.cells_per_target(train.condition).tolist()
         self.module, self._config = recipes.build(
             train,
             design,
@@ -115,17 +115,18 @@ class SMS:
             recipe=recipe,
             n_latent=n_latent,
             sparsity=sparsity,
-            seed=seed,
+            seed=self._seed,
         )
         self.module.to(device)
-        self._asked = self.module.prior.gate.asked()
+        self._training = self._config
+        self._thresholds = self._asked_of(train, design)
 
     @staticmethod
     def setup_anndata(
         adata: anndata.AnnData,
         *,
         perturbation_key: str,
-        control: str,
+        control: str | int,
         layer: str | None = None,
         sep: str = "+",
     ) -> None:
@@ -136,7 +137,7 @@ class SMS:
         adata, perturbation_key, control, layer, sep
             As in `smslib.data.from_anndata`, which also lists what is refused.
         """
-        note = {"perturbation_key": perturbation_key, "control": control, "sep": sep}
+        note = {"perturbation_key": perturbation_key, "control": str(control), "sep": sep}
         checked(adata, **note, layer=layer)
         adata.uns[_SETUP] = note if layer is None else {**note, "layer": layer}
 
@@ -169,7 +170,8 @@ class SMS:
         Raises
         ------
         ValueError
-            If the model stands in front of other cells than those it was made for.
+            If the model stands in front of other cells than those it was made for, or comes from
+            `adapt`.
         FloatingPointError
             At the first loss that is not finite.
         """
@@ -177,6 +179,8 @@ class SMS:
         train, validation = (self._cells[rows] for rows in self._rows())
         options = {"validation": validation, "checkpoint": checkpoint, "progress": progress}
         self.history = fit(self.module, train, config, **options)
+        self._training = config
+        self._thresholds = self._asked_of(train, self.module.prior.design)
         return self.history
 
     @property
@@ -186,7 +190,7 @@ class SMS:
         Raises
         ------
         ValueError
-            If the model stands in front of other cells than those it was made for.
+            As in `train`.
         """
         return self._rows()[1].numpy()
 
@@ -207,7 +211,9 @@ class SMS:
         return latents(self.module, self._read(adata))
 
     def get_elbo(self, adata: anndata.AnnData | None = None) -> float:
-        """Return the mean ELBO, nats per cell; higher is better. Gates are integrated out.
+        """Return the mean ELBO, nats per cell; higher is better.
+
+        Gates are integrated out, or drawn where the recipe draws them ("paper", "corrected").
 
         Parameters
         ----------
@@ -261,12 +267,14 @@ class SMS:
 
         It is ``sqrt(2 L / n)`` for the ``n`` cells with the target that the model has learned
         from, where the gate asks ``L`` nats of evidence: ``sqrt(4 (alpha - 1) / n)`` for sVAE+.
-        Zero for methods without sparsity.
+        That of SAMS-VAE is larger, because a shift has a price of its own there; it is one of the
+        mean of the target's cells, before the prior shrinks it. A training with the weight
+        ``beta`` of the KL term counts ``beta n`` cells. Zero for methods without sparsity.
         """
         import pandas as pd
 
         return pd.Series(
-            np.sqrt(2.0 * self._asked / np.asarray(self._seen)),
+            self._thresholds,
             index=pd.Index(self.module.prior.design.targets, name="target"),
             name="threshold",
         )
@@ -280,7 +288,8 @@ class SMS:
         ----------
         adata : AnnData
             Cells of new conditions, of known ones as well if wanted; controls are not needed. A
-            label is new if no cell of the training has it, and counts as one new target.
+            label is new if no cell of the training has it. One that is made of known targets alone
+            has the sum of their shifts, and nothing to learn; any other is one new target.
         gates : {"learned", "open"}
             Which latents a new target moves: those for which its cells outweigh the sparsity, or
             all of them, as in the paper. See `smslib.transfer.adapt`.
@@ -305,13 +314,16 @@ class SMS:
                 f"adata has no condition beyond the {known.n_conditions} that the model knows; "
                 "get_latent_representation(adata) takes cells of those"
             )
-        design = known.extend(new)
+        design = _extended(known, new, setup)
         cells = _aligned(adata, self._genes, design, setup).to(self.module.device)
         front = copy.copy(self)
         front._stand(adata, cells, setup, self._genes)
-        front.module = transfer.adapt(self.module, cells, design=design, gates=gates)
-        seen = design.cells_per_target(cells.condition)[known.n_targets :].tolist()
-        front._seen = [*self._seen, *(seen if gates == "learned" else [np.inf] * len(seen))]
+        options = {"gates": gates, "beta": self._training.beta}
+        front.module = transfer.adapt(self.module, cells, design=design, **options)
+        asked = self._asked_of(cells, design)[known.n_targets :]
+        asked = asked if gates == "learned" else [0.0] * len(asked)
+        front._thresholds = [*self._thresholds, *asked]
+        front._trained_on = None
         return front
 
     def save(self, path: str | os.PathLike) -> None:
@@ -323,12 +335,10 @@ class SMS:
             If they cannot be written.
         """
         self._require_fit()
-        self.module.save(path)
         note = {key.lstrip("_"): getattr(self, key) for key in _REMEMBERED}
-        note |= {"weights_sha256": _weights_of(path), "config": asdict(self._config)}
+        note |= {"config": asdict(self._config), "training": asdict(self._training)}
         note |= {"history": self.history.rows, "best_epoch": self.history.best_epoch}
-        with files.whole(Path(path, _FRONT)) as draft:
-            draft.write_text(json.dumps(note))
+        self.module.save(path, notes={_FRONT: note})
 
     @classmethod
     def load(cls, path: str | os.PathLike, adata: anndata.AnnData, *, device: str = "cpu") -> SMS:
@@ -380,16 +390,33 @@ class SMS:
     ) -> None:
         """Stand in front of these cells."""
         self.adata, self._cells = adata, cells
-        self._setup, self._genes = dict(setup), list(genes)
+        self._setup = {key: str(value) for key, value in setup.items()}
+        self._genes = list(genes)
+
+    def _asked_of(self, cells: Cells, design: Design) -> list[float]:
+        """Return the shift of each target of a design that these cells ask an open gate for."""
+        seen = design.cells_per_target(cells.condition).double()
+        return self.module.prior.thresholds(self._training.beta * seen).tolist()
 
     def _rows(self) -> tuple[Int[torch.Tensor, " cell"], ...]:
         """Return which cells train and which validate."""
+        if self._trained_on is None:
+            raise ValueError(
+                "the model comes from adapt, which trained it on none of these cells; to train on "
+                "them, make a new model, SMS(adata)"
+            )
         if _digest(self.adata) != self._trained_on:
             raise ValueError(
                 "adata holds other cells, or in another order, than those that the model was made "
                 "for; load it in front of those, or make a new model"
             )
-        return split_rows(self._cells.condition, (0.9, 0.1), seed=self._seed)
+        rows = split_rows(self._cells.condition, (0.9, 0.1), seed=self._seed)
+        if not len(rows[1]):
+            raise ValueError(
+                f"of {len(self._cells)} cells none is left to validate by, because no condition "
+                "has five; merge conditions, or fit without validation (smslib.train.fit)"
+            )
+        return rows
 
     def _read(self, adata: anndata.AnnData | None) -> Cells:
         if adata is None:
@@ -444,6 +471,11 @@ def stability(models: Sequence[SMS], *, threshold: float = 0.5) -> pd.DataFrame:
         raise ValueError(
             f"the models have (cells, latents) {sorted(shapes)}; expected the same of all"
         )
+    if len({_digest(model.adata) for model in models}) > 1:
+        raise ValueError(
+            "the models stand in front of other cells, or of the same in another order; load them "
+            "in front of one adata, SMS.load(path, adata)"
+        )
     partners = [metrics.match_latents(codes[0], code).cols for code in codes]
     shares = np.mean([g.to_numpy()[:, p] for g, p in zip(graphs, partners, strict=True)], axis=0)
     return pd.DataFrame(shares, index=graphs[0].index)
@@ -459,6 +491,18 @@ def _shortened(config: TrainConfig, epochs: int | None) -> TrainConfig:
         return config
     warmup = round(epochs * config.warmup_epochs / config.epochs)
     return replace(config, epochs=epochs, warmup_epochs=max(warmup, min(1, config.warmup_epochs)))
+
+
+def _extended(known: Design, new: Sequence[str], setup: Mapping[str, str]) -> Design:
+    """Return the design with new labels: sums of known targets, or one new target each."""
+    parts = {label: set(label.split(setup["sep"])) - {str(setup["control"])} for label in new}
+    sums = [label for label in new if parts[label] <= set(known.targets)]
+    design = known.extend([label for label in new if label not in sums])
+    doses = design.matrix.new_zeros(len(sums), design.n_targets)
+    for row, label in zip(doses, sums, strict=True):
+        row[[design.targets.index(target) for target in parts[label]]] = 1.0
+    matrix = torch.cat([design.matrix, doses])
+    return Design((*design.conditions, *sums), design.targets, matrix)
 
 
 def _aligned(
@@ -500,8 +544,11 @@ def _noted(path: str | os.PathLike) -> dict[str, Any]:
         note = json.loads(file.read_text())
         if note["weights_sha256"] != _weights_of(path):
             raise ValueError("its weights are those of another model")
+        if "thresholds" not in note:  # of before they, and the training as it was made, were kept
+            note["thresholds"] = [math.sqrt(2.0 * note["asked"] / n) for n in note["seen"]]
         front = {key: note[key.lstrip("_")] for key in _REMEMBERED}
         front["_config"] = TrainConfig(**note["config"])
+        front["_training"] = TrainConfig(**note.get("training", note["config"]))
         front["history"] = History(best_epoch=note["best_epoch"])
         front["history"].load_state_dict({"rows": note["history"]})
         return front

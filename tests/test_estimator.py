@@ -1,19 +1,21 @@
 """The scverse verbs on a small AnnData."""
 
 import copy
+import json
 import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import anndata
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy import sparse
 
-from smslib import estimator, recipes
+from smslib import estimator, recipes, transfer
 from smslib.data import Cells
 from smslib.estimator import SMS, stability
 from smslib.evaluate import elbo, iwelbo
@@ -183,6 +185,31 @@ def test_thresholds_are_those_of_the_ladder(options, squared):
     np.testing.assert_allclose(thresholds, squared**0.5)
 
 
+def test_thresholds_of_sams_vae_hold_the_price_of_a_shift():
+    """n^2 m^2 / 2 (n + 1) - log(n + 1) / 2 = log 9 at n = 18 and p = .1."""
+    thresholds = make_model(method="sams-vae", sparsity=0.1).get_thresholds()
+    expected = np.sqrt(19 * (2 * np.log(9) + np.log(19))) / 18
+    np.testing.assert_allclose(thresholds, expected)
+
+
+def test_thresholds_are_those_of_the_training_that_was_made(tmp_path, monkeypatch):
+    """sqrt(4 (alpha - 1) / (beta n)) under a weight beta of the KL term."""
+    model = make_model(sparsity=10.0)
+    model.train(epochs=1, beta=4.0, learning_rate=1e-4, progress=False)
+    np.testing.assert_allclose(model.get_thresholds(), np.sqrt(4 * 9 / (4 * 18)))
+    model.save(tmp_path)
+    loaded = SMS.load(tmp_path, model.adata)
+    assert loaded.get_thresholds().equals(model.get_thresholds())
+    kept = json.loads((tmp_path / "front.json").read_text())["training"]
+    assert (kept["epochs"], kept["beta"], kept["learning_rate"]) == (1, 4.0, 1e-4)
+    adapted = loaded.adapt(newcomers())
+    np.testing.assert_allclose(adapted.get_thresholds()["new"], np.sqrt(4 * 9 / (4 * 20)))
+    used = []
+    monkeypatch.setattr(transfer, "adapt", lambda *_, **kept: used.append(kept) or model.module)
+    loaded.adapt(newcomers())
+    assert used[0]["beta"] == 4.0
+
+
 def test_gates_that_never_moved_are_warned_of(monkeypatch):
     trainings(monkeypatch)
     model = make_model()
@@ -230,6 +257,10 @@ def test_stability_wants_several_fits_of_the_same_cells(fitted):
     fewer.train(epochs=1, progress=False)
     with pytest.raises(ValueError, match=r"\(30, 2\), \(60, 2\)"):
         stability([fitted, fewer])
+    order = make_model(fitted.adata[::-1].copy())
+    order.train(epochs=1, progress=False)
+    with pytest.raises(ValueError, match="other cells, or of the same in another order"):
+        stability([fitted, order])
 
 
 # ---------------------------------------------------------------- new perturbations
@@ -268,8 +299,33 @@ def test_an_adapted_model_is_saved_like_another_and_is_not_trained(fitted, tmp_p
     pd.testing.assert_frame_equal(loaded.get_shifts(), adapted.get_shifts())
     assert np.isfinite(loaded.get_elbo())
     assert loaded.get_thresholds()["new"] == 0.0
-    with pytest.raises(ValueError, match="other cells, or in another order"):
-        adapted.train(epochs=1)
+    for front in (adapted, loaded, fitted.adapt(renamed_in_place())):
+        with pytest.raises(ValueError, match=r"comes from adapt, which .* make a new model, SMS"):
+            front.train(epochs=1)
+
+
+def renamed_in_place():
+    """Return the cells that the model was trained on, some under a label that it does not know."""
+    adata = make_adata()
+    adata.obs["target"] = adata.obs["target"].replace({"b": "new"})
+    return adata
+
+
+def test_labels_made_of_known_targets_have_their_shifts_and_nothing_to_learn():
+    model = make_model(make_adata(("none", "a+b", "b", "c")))
+    model.train(epochs=3, progress=False)
+    adapted = model.adapt(make_adata(("a", "a+c+none", "none+none", "new")), gates="open")
+    shifts, prior = adapted.get_shifts(), adapted.module.prior
+    assert shifts.index.tolist() == ["a", "b", "c", "new"]
+    assert adapted.get_latent_representation().shape == (80, 2)
+    found = dict(zip(prior.conditions, prior.mode().detach().numpy(), strict=True))
+    np.testing.assert_array_equal(found["a"], shifts.loc["a"])
+    np.testing.assert_allclose(found["a+c+none"], shifts.loc["a"] + shifts.loc["c"], rtol=1e-6)
+    np.testing.assert_array_equal(found["none+none"], 0.0)
+    np.testing.assert_array_equal(
+        shifts[:3],
+        transfer.binarise(model.module).prior.slab().detach() * model.module.prior.graph(),
+    )
 
 
 def test_nothing_new_is_no_adaptation(fitted):
@@ -312,6 +368,46 @@ def test_a_loaded_model_is_trained_as_it_would_have_been(tmp_path, monkeypatch):
         each.train()
     assert used[0] == used[1]
     assert (used[0].epochs, used[0].seed) == (300, 7)
+
+
+def test_a_front_saved_before_its_thresholds_were_kept_is_read(fitted, tmp_path):
+    fitted.save(tmp_path)
+    note = json.loads((tmp_path / "front.json").read_text())
+    del note["thresholds"], note["training"]
+    old = note | {"seen": [18.0, 18.0], "asked": 2.0}
+    (tmp_path / "front.json").write_text(json.dumps(old))
+    loaded = SMS.load(tmp_path, fitted.adata)
+    np.testing.assert_allclose(loaded.get_thresholds(), fitted.get_thresholds())
+
+
+def test_numbers_of_numpy_can_be_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
+    adata = make_adata(("0", "1", "2"))
+    SMS.setup_anndata(adata, perturbation_key="target", control=np.int64(0))
+    assert adata.uns["_smslib"]["control"] == "0"
+    adata.uns["_smslib"]["control"] = np.int64(0)  # as files of before have it
+    options = {"n_latent": np.int64(2), "sparsity": np.float32(4), "seed": np.int64(3)}
+    model = SMS(adata, **options)
+    model.train(epochs=np.int64(1), learning_rate=np.float32(1e-3), progress=False)
+    model.save(tmp_path)
+    assert SMS.load(tmp_path, adata).get_graph().equals(model.get_graph())
+
+
+def test_a_failed_save_leaves_the_old_front(fitted, tmp_path):
+    fitted.save(tmp_path)
+    other = make_model(seed=1)
+    other.train(epochs=1, progress=False)
+    other._genes = {"no": b"json"}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        other.save(tmp_path)
+    assert SMS.load(tmp_path, fitted.adata).get_shifts().equals(fitted.get_shifts())
+
+
+def test_loading_leaves_the_global_random_state_alone(fitted, tmp_path):
+    fitted.save(tmp_path)
+    before = torch.random.get_rng_state()
+    SMS.load(tmp_path, fitted.adata)
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_genes_are_found_by_name(fitted, tmp_path):
@@ -372,6 +468,11 @@ def test_the_lines_of_the_readme_work(tmp_path, monkeypatch):
 def test_adata_must_be_set_up():
     with pytest.raises(ValueError, match=r"not set up; call SMS\.setup_anndata"):
         SMS(make_adata())
+
+
+def test_a_screen_without_cells_to_validate_by_is_refused():
+    with pytest.raises(ValueError, match="of 12 cells none is left to validate by"):
+        make_model(make_adata()[[*range(4), *range(20, 24), *range(40, 44)]].copy())
 
 
 def test_setup_refuses_what_the_door_refuses():
