@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smslib import sources, untrusted
-from smslib.data import Design, why_not_counts
+from smslib.data import Design, refuse_missing, summed, why_not_counts
 from smslib.names import from_extra, unknown_names
 from smslib.sources import SOURCES, GeneLists, Source, available, data_dir, fetch, gene_lists
 
@@ -122,7 +122,7 @@ def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
     ----------
     path : path
     backed : bool
-        Leave ``X`` in the file.
+        Leave ``X`` in the file, if it has one: counts may be in layers alone.
 
     Returns
     -------
@@ -138,12 +138,14 @@ def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
     """
     import anndata
 
-    _check_h5ad(Path(path))
+    held = _checked_h5ad(Path(path))
     try:
-        adata = anndata.read_h5ad(path, backed="r" if backed else None)
+        adata = anndata.read_h5ad(path, backed="r" if backed and "X" in held else None)
         if hasattr(adata.X, "check_format"):
             adata.X.check_format()  # which neither anndata nor scipy does
         return adata
+    except MemoryError:
+        raise
     except Exception as error:  # a bad file leads anndata to errors of all kinds
         raise ValueError(
             f"{path} is not an .h5ad file as AnnData.write_h5ad makes it "
@@ -151,7 +153,8 @@ def read_h5ad(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
         ) from error
 
 
-def _check_h5ad(path: Path) -> None:
+def _checked_h5ad(path: Path) -> set[str]:
+    """Return what the file holds, or say why it is none."""
     import h5py
 
     if not path.exists():
@@ -169,11 +172,12 @@ def _check_h5ad(path: Path) -> None:
             f"{path} ({path.stat().st_size:,} bytes) is cut short or damaged ({error}); copy or "
             "download it again"
         ) from error
-    if missing := {"X", "obs", "var"} - held:
+    if missing := {"obs", "var"} - held:
         raise ValueError(
             f"{path} has no {sorted(missing)} but {sorted(held)}; expected an .h5ad file as "
             "AnnData.write_h5ad makes it"
         )
+    return held
 
 
 def _beginning(path: Path) -> bytes:
@@ -229,6 +233,8 @@ def _parse_rda(path: Path) -> Mapping[str, Any]:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Unknown file type")  # and reads on regardless
             held = rdata.read_rda(path, constructor_dict=classes)
+    except MemoryError:
+        raise
     except Exception as error:  # bad bytes lead the parser to errors of all kinds
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is cut short or damaged "
@@ -348,7 +354,7 @@ def counts_from_log1p(
     """
     from scipy import sparse
 
-    matrix = sparse.csr_matrix(matrix)
+    matrix = sparse.csr_matrix(matrix, copy=True)
     matrix.eliminate_zeros()
     per_cell = np.diff(matrix.indptr)
     if (per_cell == 0).any():
@@ -405,7 +411,8 @@ def assign_guides(
     ----------
     adata : AnnData
         With ``obsm["guides"]`` (cells x guides, UMIs, sparse or dense) and
-        ``uns["guide_target"]``.
+        ``uns["guide_target"]``, a row for each guide: by name, if the guides are a table with
+        names, else in the same order.
     threshold : float
         Smallest share of the cell's guide UMIs that its top guide must hold, in (0, 1].
     min_umis : int
@@ -422,12 +429,11 @@ def assign_guides(
     Raises
     ------
     KeyError
-        If the guide counts or their targets are missing.
+        If the guide counts or their targets are missing; of guides without a target up to a
+        hundred are listed.
     ValueError
-        If the threshold is not in (0, 1].
+        If the threshold is not in (0, 1], or there are other numbers of guides and targets.
     """
-    from scipy import sparse
-
     if "guides" not in adata.obsm or "guide_target" not in adata.uns:
         raise KeyError(
             "adata has no obsm['guides'] or no uns['guide_target']; expected guide UMIs "
@@ -436,7 +442,7 @@ def assign_guides(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a share in (0, 1]")
     labelled = adata.copy()
-    labelled.obsm["guides"] = sparse.csr_matrix(adata.obsm["guides"])
+    labelled.obsm["guides"] = _guide_umis(adata.obsm["guides"], adata.uns["guide_target"].index)
     labelled.obs = labelled.obs.assign(**_top_guides(labelled))
     fewest = max(min_umis, 1)
     rules = (
@@ -448,6 +454,30 @@ def assign_guides(
         ("no second guide with as many UMIs", lambda a: a[_unique_top(a.obsm["guides"])]),
     )
     return _filtered(labelled, rules, key="target")
+
+
+def _guide_umis(counts: Any, guides: pd.Index) -> sparse.csr_matrix:  # noqa: ANN401 (obsm's)
+    """Return the UMIs of the guides, in their order."""
+    from scipy import sparse
+
+    if counts.shape[1] != len(guides):
+        raise ValueError(
+            f"obsm['guides'] holds {counts.shape[1]} guides, uns['guide_target'] {len(guides)}; "
+            "expected a target for each guide and no others"
+        )
+    counts = _in_order(counts, guides) if hasattr(counts, "columns") else counts
+    return summed(sparse.csr_matrix(counts))
+
+
+def _in_order(table: pd.DataFrame, guides: pd.Index) -> pd.DataFrame:
+    """Return the guides' columns in the order of the guides; numbers for names are no names."""
+    names, wanted = table.columns.astype(str), guides.astype(str)
+    unknown = unknown_names("guide", names, wanted)
+    if not unknown:
+        return table.set_axis(names, axis=1).reindex(columns=wanted)
+    if names.tolist() == [str(place) for place in range(len(wanted))]:
+        return table
+    raise KeyError(unknown)
 
 
 def _top_guides(adata: AnnData) -> dict[str, np.ndarray | pd.Categorical]:
@@ -485,7 +515,8 @@ def filter_screen(
     """Drop genes seen too rarely, cells with too few UMIs, and targets with too few cells.
 
     The rules apply in that order, once each, so that no later one undoes an earlier one but for
-    the detection of genes in the cells that remain.
+    the detection of genes in the cells that remain. Where cells have no label, a rule before all
+    others drops them.
 
     Parameters
     ----------
@@ -519,9 +550,10 @@ def filter_screen(
     _check_labels(adata, key, control)
     fewest = max(min_umis, 1)
     rules = (
+        *_rule_of_labels(adata, key),
         (
             f"gene detected in at least {min_detected} cells",
-            lambda a: a[:, np.asarray((a.X > 0).sum(axis=0)).ravel() >= min_detected],
+            lambda a: a[:, np.asarray((summed(a.X) > 0).sum(axis=0)).ravel() >= min_detected],
         ),
         (f"at least {fewest} UMIs", lambda a: a[_library(a) >= fewest]),
         (
@@ -530,11 +562,20 @@ def filter_screen(
         ),
     )
     kept, ledger = _filtered(adata, rules, key=key)
-    if set(kept.obs[key]) <= {control}:
+    if set(kept.obs[key].astype(str)) <= {control}:
         raise ValueError(
             f"no perturbed cell passes the filter; relax one of its rules:\n{ledger.to_string()}"
         )
     return kept, ledger
+
+
+def _rule_of_labels(
+    adata: AnnData, key: str
+) -> tuple[tuple[str, Callable[[AnnData], AnnData]], ...]:
+    """Return the rule that drops cells without a label, where there are any."""
+    if not adata.obs[key].isna().any():
+        return ()
+    return (("cell is labelled", lambda a: a[a.obs[key].notna().to_numpy()]),)
 
 
 def summarise(adata: AnnData, *, key: str = "target", control: str = CONTROL) -> pd.DataFrame:
@@ -556,19 +597,20 @@ def summarise(adata: AnnData, *, key: str = "target", control: str = CONTROL) ->
         ``guides``, how many distinct guides they carry (NaN without ``obs["guide"]``);
         ``median_guide_share`` (NaN without ``obs["guide_share"]``); ``own_gene_ratio``, the target
         gene's share of all UMIs in its own cells over its share in the controls (1 = no effect on
-        its RNA, below 1 = knocked down; NaN where the gene is not measured). A knock-out need not
-        lower the RNA.
+        its RNA, below 1 = knocked down; NaN where the gene is not measured; genes of one name
+        count together). A knock-out need not lower the RNA.
 
     Raises
     ------
     KeyError
         If ``key`` is not a column of ``obs``.
     ValueError
-        If the control is absent.
+        If the control is absent, or labels are missing.
     """
     import pandas as pd
 
     _check_labels(adata, key, control)
+    refuse_missing(adata, key)
     obs = adata.obs.assign(_umis=_library(adata), **{key: adata.obs[key].astype(str)})
     groups = obs.groupby(key)
     share = groups["guide_share"] if "guide_share" in obs else None
@@ -594,7 +636,7 @@ def _column(adata: AnnData, key: str) -> pd.Series:
 
 
 def _check_labels(adata: AnnData, key: str, control: str) -> None:
-    labels = set(_column(adata, key).astype(str))
+    labels = set(_column(adata, key).dropna().astype(str))
     if control not in labels:
         raise ValueError(
             f"control {control!r} is not in adata.obs[{key!r}]: "
@@ -641,7 +683,7 @@ def _filtered(
 
 def _change(before: AnnData, after: AnnData, key: str) -> dict[str, int | str]:
     """Count what a rule dropped, and name the targets it lost."""
-    old, new = set(before.obs[key].astype(str)), set(after.obs[key].astype(str))
+    old, new = (set(part.obs[key].dropna().astype(str)) for part in (before, after))
     return {
         "cells_before": before.n_obs,
         "cells_after": after.n_obs,
@@ -710,7 +752,8 @@ def hold_out(
     Raises
     ------
     KeyError
-        If genes are no targets of the design; all of them are listed, with the nearest targets.
+        If genes are no targets of the design; up to a hundred are listed, with the
+        nearest targets.
     ValueError
         If ``genes`` is empty, or no perturbation is left to train on.
     """

@@ -7,8 +7,10 @@ condition from a bad one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
@@ -16,12 +18,13 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from smslib import streaming
+from smslib.data import refuse_missing, summed
 from smslib.names import from_extra, unknown_names
 from smslib.perturbseq import CONTROL, summarise
 from smslib.sources import TABLE_9
@@ -56,6 +59,7 @@ _NO_TARGET = re.compile(r"|control|ctrl|non-targeting|NegCtrl\d+")
 _SYMBOLS = ("gene_name", "gene_symbol", "symbol")
 _BATCHES = ("gem_group", "gemgroup", "batch", "replicate", "bio_rep")
 _MITOCHONDRIAL = ("mitopercent", "percent_mito", "pct_counts_mt")
+_PERCENT = "pct_counts_mt"  # always; the other names are used for shares, too
 
 
 @runtime_checkable
@@ -76,7 +80,7 @@ class Lists(Protocol):
 
 
 def _index(group: h5py.Group) -> np.ndarray:
-    return np.asarray(streaming.column(group, group.attrs["_index"]))
+    return np.asarray(streaming.column(group, streaming.index_name(group)))
 
 
 def _labels(
@@ -194,7 +198,7 @@ def replogle(
     *,
     lists: Lists,
     out: str | os.PathLike[str] | None = None,
-    controls: int | str = 0,
+    controls: SupportsIndex | str = 0,
     key: str | None = None,
     seed: int = 0,
 ) -> Path:
@@ -229,8 +233,8 @@ def replogle(
     Raises
     ------
     KeyError
-        If the label column is missing, or targets or genes are (all are listed, with the nearest
-        names).
+        If the label column is missing, or targets or genes are (up to a hundred are listed, with
+        the nearest names).
     ValueError
         If controls are asked for and there are not as many; otherwise as in `cut`.
     FileNotFoundError, FileExistsError, OSError
@@ -274,7 +278,7 @@ def _symbols(file: h5py.File) -> Any:  # noqa: ANN401 (array of str)
     """Return each column's gene symbol; scPerturb marks repeated ones by their Ensembl id."""
     var = file["var"]
     known = streaming.columns(var)
-    name = next((name for name in _SYMBOLS if name in known), var.attrs["_index"])
+    name = next((name for name in _SYMBOLS if name in known), streaming.index_name(var))
     return np.array(
         [re.sub(r"_ENSG\d+$", "", str(s)) for s in streaming.column(var, name)], dtype=object
     )
@@ -286,11 +290,10 @@ def _refuse_unknown(what: str, wanted: Iterable[str], known: Iterable[str]) -> N
 
 
 def _drawn(
-    labels: pd.Categorical, control: str | None, number: int | str, seed: int
+    labels: pd.Categorical, control: str | None, number: SupportsIndex | str, seed: int
 ) -> Bool[np.ndarray, " cell"]:
     """Draw some or all controls."""
-    if number != "all" and not isinstance(number, int):
-        raise ValueError(f"controls is {number!r}; expected a number or 'all'")
+    number = _number(number)
     there = np.flatnonzero(np.asarray(labels == control)) if control else np.array([], dtype=int)
     if number != 0 and control is None:
         raise ValueError(
@@ -306,6 +309,16 @@ def _drawn(
     drawn = np.zeros(len(labels), dtype=bool)
     drawn[np.random.default_rng(seed).choice(there, number, replace=False)] = True
     return drawn
+
+
+def _number(controls: SupportsIndex | str) -> int | str:
+    """Return how many controls to keep, as a plain integer unless it is all."""
+    if controls == "all":
+        return "all"
+    with contextlib.suppress(TypeError):
+        if not isinstance(controls, bool):
+            return operator.index(controls)
+    raise ValueError(f"controls is {controls!r}; expected a number or 'all'")
 
 
 def _replogle_ledger(
@@ -682,7 +695,7 @@ def distance_to_control(
     KeyError
         If ``key`` is not a column of ``obs``.
     ValueError
-        If the control is absent.
+        If the control is absent, or labels are missing.
     """
     import pandas as pd
 
@@ -702,6 +715,7 @@ def distance_to_control(
 def _checked_labels(adata: AnnData, key: str, control: str) -> np.ndarray:
     if unknown := unknown_names("column of obs", [key], adata.obs):
         raise KeyError(unknown)
+    refuse_missing(adata, key)
     labels = adata.obs[key].astype(str).to_numpy()
     if control not in labels:
         raise ValueError(
@@ -752,9 +766,11 @@ def quality(
     DataFrame
         The control first, then conditions from most cells to fewest. The columns of `summarise`;
         ``median_genes`` detected; ``mitochondrial``, the median share of UMIs (NaN if neither
-        ``obs`` nor genes named ``MT-`` tell); ``own_gene_low`` and ``own_gene_high``, a 95 %
-        interval of ``own_gene_ratio`` (cells as the units; the exact Poisson limit where no UMI is
-        left); ``ambiguous``, the share of cells whose top guide holds under 80 % of the guide
+        ``obs`` nor genes named ``MT-`` tell; a column of ``obs`` is taken for percentages if it is
+        scanpy's ``pct_counts_mt`` or exceeds 1); ``own_gene_low`` and ``own_gene_high``, a 95 %
+        interval of ``own_gene_ratio`` (cells as the units, but never narrower than of as many
+        Poisson counts, as few cells hardly differ; the exact Poisson limit where no UMI is left);
+        ``ambiguous``, the share of cells whose top guide holds under 80 % of the guide
         UMIs (NaN without guides); ``batches`` and ``batch_v``, how many batches have its cells and
         Cramer's V of being of the condition and batch. ``attrs["cramers_v"]`` is V of all
         conditions and batch.
@@ -764,14 +780,14 @@ def quality(
     KeyError
         If a column is missing.
     ValueError
-        If the control is absent.
+        If the control is absent, or labels are missing.
     """
     from anndata import AnnData
     from scipy import sparse
 
     labels = _checked_labels(adata, key, control)
     # Genes are looked up one by one, which takes CSC.
-    light = AnnData(X=sparse.csc_matrix(adata.X), obs=adata.obs, var=adata.var[[]])
+    light = AnnData(X=summed(sparse.csc_matrix(adata.X)), obs=adata.obs, var=adata.var[[]])
     frame = summarise(light, key=key, control=control)
     groups = adata.obs.assign(
         median_genes=np.asarray((light.X > 0).sum(axis=1)).ravel(),
@@ -790,7 +806,7 @@ def _mitochondrial(adata: AnnData) -> np.ndarray | float:
     annotated = next((name for name in _MITOCHONDRIAL if name in adata.obs), None)
     if annotated:
         share = adata.obs[annotated].to_numpy(dtype=float)
-        return share / 100 if np.nanmax(share) > 1 else share
+        return share / 100 if annotated == _PERCENT or np.nanmax(share) > 1 else share
     genes = np.asarray(adata.var_names.str.upper().str.startswith("MT-"))
     if not genes.any():
         return np.nan
@@ -806,7 +822,7 @@ def _ambiguous(adata: AnnData, threshold: float = 0.8) -> np.ndarray | float:
         return (adata.obs["guide_share"] < threshold).to_numpy(dtype=float)
     if "guides" not in adata.obsm:
         return np.nan
-    guides = sparse.csr_matrix(adata.obsm["guides"])
+    guides = summed(sparse.csr_matrix(adata.obsm["guides"]))
     most, total = guides.max(axis=1).toarray().ravel(), np.asarray(guides.sum(axis=1)).ravel()
     return (most < threshold * np.maximum(total, 1)).astype(float)
 
@@ -818,7 +834,7 @@ def _knock_down_interval(adata: AnnData, labels: np.ndarray, control: str) -> pd
     library = np.asarray(adata.X.sum(axis=1), dtype=float).ravel()
     base, limits = labels == control, {}
     for name in set(adata.var_names) & set(labels):
-        umis = adata[:, name].X.toarray().ravel().astype(float)
+        umis = np.asarray(adata[:, name].X.sum(axis=1), dtype=float).ravel()
         own = labels == name
         limits[name] = _ratio_limits(umis[own], library[own], umis[base], library[base])
     return pd.DataFrame.from_dict(
@@ -841,9 +857,13 @@ def _ratio_limits(
 
 
 def _relative_error(umis: np.ndarray, library: np.ndarray) -> float:
-    """Return the relative standard error of ``sum(umis) / sum(library)``, cells as units."""
+    """Return the relative standard error of ``sum(umis) / sum(library)``, cells as units.
+
+    It is at least that of a Poisson count: one cell, or two alike, would have none.
+    """
     rest = umis - library * umis.sum() / library.sum()
-    return float(np.sqrt((rest**2).sum() * len(rest) / max(len(rest) - 1, 1)) / umis.sum())
+    square = (rest**2).sum() * len(rest) / max(len(rest) - 1, 1)
+    return float(np.sqrt(max(square, umis.sum())) / umis.sum())
 
 
 def _with_batches(

@@ -104,6 +104,17 @@ def test_one_altered_value_is_refused(screen, by, data):
         perturbseq.counts_from_log1p(stored)
 
 
+def test_the_matrix_of_logarithms_is_left_alone():
+    """An explicit zero is no count, but it is the caller's."""
+    given = log1p_of(np.array([[3, 1, 2]]), np.array([6]))
+    given.data = np.append(given.data[:2], 0.0)
+    values = given.data.copy()
+    found, _ = perturbseq.counts_from_log1p(given)
+    assert found.toarray().tolist() == [[3, 1, 0]]
+    assert np.array_equal(given.data, values)
+    assert (given.nnz, given.indptr.tolist()) == (3, [0, 3])
+
+
 def test_rounded_values_and_empty_cells_are_refused():
     counts, total = np.array([[1, 2], [3, 1]]), np.array([9001, 7013])
     with pytest.raises(ValueError, match="expected float64 values that were neither rounded"):
@@ -212,12 +223,33 @@ def test_a_file_that_is_no_whole_h5ad_says_why(tmp_path):
         perturbseq.read_h5ad(path)
     with h5py.File(path, "w") as file:
         file["matrix"] = [1, 2]
-    with pytest.raises(
-        ValueError, match=r"has no \['X', 'obs', 'var'\] but \['matrix'\]; expected"
-    ):
+    with pytest.raises(ValueError, match=r"has no \['obs', 'var'\] but \['matrix'\]; expected"):
         perturbseq.read_h5ad(path)
     with pytest.raises(FileNotFoundError, match=r"expected an \.h5ad file: '.*nothing'"):
         perturbseq.read_h5ad(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_counts_may_be_in_layers_alone(tmp_path, backed):
+    adata = labelled([[5, 1], [2, 3]], ["non-targeting", "A"])
+    adata.layers["counts"], adata.X = adata.X.copy(), None
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    read = perturbseq.read_h5ad(tmp_path / "screen.h5ad", backed=backed)
+    options = {"perturbation_key": "target", "control": "non-targeting"}
+    assert from_anndata(read, layer="counts", **options)[0].counts.tolist() == [[5, 1], [2, 3]]
+    with pytest.raises(ValueError, match=r"adata\.X is empty; pass layer=, one of \['counts'\]"):
+        from_anndata(read, **options)
+
+
+def test_too_little_memory_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    path = stored(tmp_path / "screen.h5ad", np.eye(2), gene=list("ab"))
+
+    def full(*_, **__):
+        raise MemoryError("Unable to allocate 62 GiB")
+
+    monkeypatch.setattr(anndata, "read_h5ad", full)
+    with pytest.raises(MemoryError, match="62 GiB"):
+        perturbseq.read_h5ad(path)
 
 
 BEGINNINGS = [b"", b"\x89HDF\r\n\x1a\n", b"RDX", b"RDX2\n", b"RDX3\nX\n", b"RDA3\nA\n", b"BZh9"]
@@ -393,6 +425,36 @@ def test_guides_are_assigned_and_the_ledger_adds_up():
     assert "target" not in adata.obs
 
 
+def test_guides_with_names_are_found_by_name():
+    adata = guided(CALLS)
+    expected, _ = perturbseq.assign_guides(adata, min_umis=4)
+    table = pd.DataFrame(CALLS, index=adata.obs_names, columns=["NTg1", "Ag1", "Bg1"])
+    adata.obsm["guides"] = table[["Bg1", "NTg1", "Ag1"]]
+    found, _ = perturbseq.assign_guides(adata, min_umis=4)
+    pd.testing.assert_frame_equal(found.obs, expected.obs)
+    adata.obsm["guides"] = table.rename(columns={"Bg1": "Bg2"})
+    with pytest.raises(KeyError, match="unknown guide 'Bg2'; nearest known: .'Bg1'"):
+        perturbseq.assign_guides(adata)
+    adata.obsm["guides"] = np.array(CALLS)[:, :2]
+    with pytest.raises(ValueError, match="holds 2 guides, .* 3; expected a target for each"):
+        perturbseq.assign_guides(adata)
+
+
+def test_repeated_entries_of_guides_and_genes_are_added_up_and_left_alone():
+    """Each count of 256 is two entries of a type that wraps their sum to 0."""
+    adata = labelled([[1, 1]] * 3, ["non-targeting", "A", "A"])
+    entries, twice = np.full(6, 128, dtype=np.uint8), np.repeat([0, 1, 1], 2)
+    counts = sparse.csr_matrix((entries, twice, [0, 2, 4, 6]), shape=(3, 3))
+    adata.obsm["guides"], adata.X = counts, counts[:, :2].copy()
+    called, _ = perturbseq.assign_guides(adata)
+    assert called.obs["guide_umis"].tolist() == [256, 256, 256]
+    assert called.obs["target"].tolist() == ["non-targeting", "A", "A"]
+    kept, _ = perturbseq.filter_screen(adata, min_detected=2)
+    assert kept.var_names.tolist() == ["ACTB"]
+    assert (entries == 128).all()
+    assert (adata.X.data == 128).all()
+
+
 def test_a_tie_has_no_top_guide():
     kept, ledger = perturbseq.assign_guides(guided(CALLS), threshold=0.5)
     assert "cell4" not in kept.obs_names
@@ -449,6 +511,18 @@ def test_filters_apply_in_order_and_the_ledger_says_what_they_drop():
     assert len(cells) == 4
 
 
+def test_cells_without_a_label_are_dropped_by_a_rule_of_their_own():
+    adata = labelled([[5, 1], [5, 0], [9, 0], [2, 0]], ["non-targeting", "A", None, "A"])
+    kept, ledger = perturbseq.filter_screen(adata, min_cells=2)
+    assert list(kept.obs_names) == ["cell0", "cell1", "cell3"]
+    assert ledger.index[0] == "cell is labelled"
+    assert ledger["cells_before"].tolist() == [4, 3, 3, 3]
+    assert ledger["targets_before"].tolist() == [2, 2, 2, 2]
+    assert ledger["targets_dropped"].tolist() == ["", "", "", ""]
+    with pytest.raises(ValueError, match="has 1 missing labels, first in cell 'cell2'; drop"):
+        perturbseq.summarise(adata)
+
+
 def test_the_control_is_kept_however_small():
     adata = labelled([[1, 1]] * 4, ["A", "A", "A", "non-targeting"])
     kept, _ = perturbseq.filter_screen(adata, min_cells=3)
@@ -463,6 +537,9 @@ def test_filters_refuse_bad_labels_and_empty_results():
         perturbseq.filter_screen(adata, control="NT")
     with pytest.raises(ValueError, match=r"(?s)no perturbed cell passes.*at least 3 cells"):
         perturbseq.filter_screen(adata, min_cells=3)
+    adata.obs["target"] = [1, 1, 0]
+    with pytest.raises(ValueError, match="no perturbed cell passes"):
+        perturbseq.filter_screen(adata, min_cells=3, control="0")
 
 
 def test_the_summary_is_what_one_computes_by_hand():

@@ -189,8 +189,11 @@ def test_more_controls_than_there_are_cannot_be_drawn(tmp_path, controls):
 
 def test_controls_are_a_number_or_all(tmp_path):
     path, *_ = simulated(tmp_path)
-    with pytest.raises(ValueError, match="controls is 'some'; expected a number or 'all'"):
-        prepare.replogle(path, lists=LISTS, controls="some")
+    for wrong in ("some", True):
+        with pytest.raises(ValueError, match=f"controls is {wrong!r}; expected a number or 'all'"):
+            prepare.replogle(path, lists=LISTS, controls=wrong)
+    out = prepare.replogle(path, lists=LISTS, controls=np.int64(2))
+    assert (anndata.read_h5ad(out).obs["target"] == "non-targeting").sum() == 2
 
 
 def lists(**changes):
@@ -500,18 +503,21 @@ def test_labels_are_checked(function):
         function(screen, key="targets")
     with pytest.raises(ValueError, match="'control'; .*pass control=, or prepare the screen with"):
         function(screen, control="control")
+    screen.obs.iloc[3, 0] = None
+    with pytest.raises(ValueError, match="has 1 missing labels, first in cell 'c3'; drop these"):
+        function(screen)
 
 
 # ------------------------------------------------------------------------------------- quality
 
 
-def labelled_screen():
+def labelled_screen(base=(4, 5, 6, 4, 5, 6), own=(1, 0, 1, 2)):
     """Two targets and controls, one target measured, three batches, one mitochondrial gene."""
     labels = np.repeat(["non-targeting", "GATA1", "MYC"], [6, 4, 2])
     x = np.zeros((12, 4), dtype=int)
     x[:, 0] = 10  # the background
-    x[:6, 1] = [4, 5, 6, 4, 5, 6]  # GATA1 in controls, in its own cells, elsewhere
-    x[6:10, 1] = [1, 0, 1, 2]
+    x[:6, 1] = base  # GATA1 in controls, in its own cells, elsewhere
+    x[6:10, 1] = own
     x[10:, 1] = 5
     x[:, 2] = 1
     x[3, 3] = 7
@@ -555,9 +561,9 @@ def test_quality_of_guides_called_without_their_umis():
 
 
 def test_the_interval_of_the_knock_down_is_the_delta_methods():
-    table = prepare.quality(labelled_screen())
-    own, own_total = np.array([1, 0, 1, 2]), np.array([12, 11, 12, 13])
-    base, base_total = np.array([4, 5, 6, 4, 5, 6]), np.array([15, 16, 17, 22, 16, 17])
+    own, own_total = np.array([6, 0, 0, 2]), np.array([17, 11, 11, 13])
+    base, base_total = np.array([0, 13, 2, 0, 1, 14]), np.array([11, 24, 13, 18, 12, 25])
+    table = prepare.quality(labelled_screen(base=base, own=own))
 
     def share_and_error(umis, total):
         share = umis.sum() / total.sum()
@@ -571,6 +577,40 @@ def test_the_interval_of_the_knock_down_is_the_delta_methods():
         (p / q * np.exp(-1.96 * error), p / q * np.exp(1.96 * error)), rel=1e-6
     )
     assert table.loc["MYC", ["own_gene_low", "own_gene_high"]].isna().all()
+
+
+def test_the_interval_is_no_narrower_than_that_of_poisson_counts():
+    """One cell does not differ from itself, and the controls' hardly differ here."""
+    one_cell = labelled_screen()[[*range(7), 10, 11]].copy()
+    row = prepare.quality(one_cell).loc["GATA1"]
+    ratio, error = (1 / 12) / (30 / 103), np.sqrt(1 / 1 + 1 / 30)
+    found = row[["cells", "own_gene_ratio", "own_gene_low", "own_gene_high"]].tolist()
+    ends = ratio * np.exp(-1.96 * error), ratio * np.exp(1.96 * error)
+    assert found == pytest.approx([1, ratio, *ends])
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_genes_of_one_name_count_together():
+    screen, twice = labelled_screen(), labelled_screen()
+    x = screen.X.toarray()
+    x[:, 3] = x[:, 1] // 2
+    twice.X = sparse.csr_matrix(x - np.array([0, 1, 0, 0]) * x[:, 3:])
+    twice.var_names = ["BASE", "GATA1", "MT-CO1", "GATA1"]
+    x[:, 3] = 0
+    screen.X = sparse.csr_matrix(x)
+    columns = ["own_gene_ratio", "own_gene_low", "own_gene_high", "median_umis"]
+    found, expected = (prepare.quality(each)[columns] for each in (twice, screen))
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_repeated_entries_are_added_up_and_the_screen_is_left_alone():
+    screen, x = labelled_screen(), labelled_screen().X.tocsc()
+    entries = np.full(2 * x.nnz, 128, dtype=np.uint8)  # two add up to 0 in their own type
+    screen.X = sparse.csc_matrix((entries, np.repeat(x.indices, 2), 2 * x.indptr), shape=x.shape)
+    table = prepare.quality(screen)
+    assert table["median_genes"].tolist() == [3, 3, 3]
+    assert table["median_umis"].tolist() == [3 * 256] * 3
+    assert (screen.X.data == 128).all()
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -609,7 +649,11 @@ def test_mitochondrial_shares_are_taken_from_the_annotation_first():
     assert prepare.quality(screen)["mitochondrial"].tolist() == pytest.approx([0.08] * 3)
     screen.obs["mitopercent"] = 8.0
     assert prepare.quality(screen)["mitochondrial"].tolist() == pytest.approx([0.08] * 3)
-    del screen.obs["mitopercent"]
+    screen.obs["mitopercent"] = 0.8
+    assert prepare.quality(screen)["mitochondrial"].tolist() == pytest.approx([0.8] * 3)
+    screen.obs = screen.obs.rename(columns={"mitopercent": "pct_counts_mt"})
+    assert prepare.quality(screen)["mitochondrial"].tolist() == pytest.approx([0.008] * 3)
+    del screen.obs["pct_counts_mt"]
     assert prepare.quality(screen[:, ["BASE", "GATA1"]].copy())["mitochondrial"].isna().all()
 
 
