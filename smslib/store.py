@@ -46,7 +46,6 @@ __all__ = [
 _INNERMOST_LIST = re.compile(r"\[\n([^\[\]{}]*)\n *\]")
 DIGITS = 6
 _LONGEST_NAME = 200  # of an experiment; file systems take 255 bytes
-_STATISTICS = ("mean", "n", "sd", "low", "high")  # of `over_seeds`
 
 
 class Stored(dict[str, Any]):
@@ -89,7 +88,8 @@ def put(
     values : dict
         Flat: numbers (numpy's included), strings, bools, None, lists and arrays of them. Floats
         keep six significant digits; NaN and infinities become null, which JSON can hold. What
-        `over_seeds` returns is kept as its values by seed.
+        `over_seeds` returns is kept as its values by seed; keys that only look like it
+        (``"cells.n"`` beside ``"cells"``) are kept as they are.
     root : path
         The folder; made if absent.
     provenance : dict
@@ -118,14 +118,26 @@ def put(
             f"values of {experiment!r} are nested under {nested[:3]}; expected a flat dict, with "
             "keys such as 'svae+.mcc'"
         )
-    by_seed = {key for key in values if f"{key}.n" in values}
-    derived = {f"{key}.{name}" for key in by_seed for name in _STATISTICS}
+    found = {key: _statistics(key, values) for key in values if f"{key}.n" in values}
+    by_seed = {key: values[key] for key, statistics in found.items() if statistics}
+    derived = by_seed.keys() | set().union(*found.values())
     parts = {
-        "by_seed": {key: values[key] for key in by_seed},
-        "values": {key: value for key, value in values.items() if key not in by_seed | derived},
+        "by_seed": by_seed,
+        "values": {key: value for key, value in values.items() if key not in derived},
         "provenance": provenance,
     }
     return write_json(_file(root, experiment), plain(parts))
+
+
+def _statistics(key: str, values: Mapping[str, Any]) -> set[str]:
+    """Return what `over_seeds` adds to a key, if that is what stands beside it."""
+    try:
+        added = over_seeds(key, values[key]) if np.ndim(values[key]) == 1 else {}
+    except (TypeError, ValueError):  # no numbers, or not all of them
+        return set()
+    added.pop(key, None)
+    same = all(np.array_equal(values.get(name), value) for name, value in added.items())
+    return set(added) if same else set()
 
 
 def get(experiment: str, *, root: str | Path) -> Stored:

@@ -50,6 +50,25 @@ def test_the_values_by_seed_are_written_and_what_follows_from_them_is_computed(t
     assert (stored["svae+.mcc.low"], stored["svae+.mcc.high"]) == pytest.approx(tuple(ends))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mcc": 0.5, "mcc.n": 10},
+        {"cells": [1, 2, 3], "cells.n": 10, "cells.mean": 99.0},
+        {"cells": [1, 2, 3], "cells.n": 3},
+        {"names": ["a", "b"], "names.n": 2},
+        {"x": [[1.0], [2.0]], "x.n": 2, "x.mean": 1.5},
+        {"x": [None, 2.0], "x.n": 2},
+        {"x": [2.0], "x.mean": 2.0, "x.n": 1, "x.sd": 5.0},
+        {"x": [1.0, 2.0], "x.n": 2, "x.mean": 1.5, "x.sd": 0.707107, "x.low": 0.0},
+        {"x": [[1.0], [2.0, 3.0]], "x.n": 2},
+    ],
+)
+def test_keys_that_look_like_values_by_seed_lose_nothing(tmp_path, values):
+    store.put("a", values, root=tmp_path, provenance=PROVENANCE)
+    assert dict(store.get("a", root=tmp_path)) == values
+
+
 def test_one_seed_has_no_interval():
     assert store.over_seeds("x", np.array([2.0])) == {"x": [2.0], "x.mean": 2.0, "x.n": 1}
 
