@@ -71,7 +71,7 @@ class Checkpoint:
         Raises
         ------
         ValueError
-            If the file is damaged, or of another fit.
+            If the file is damaged, of another fit, or of one on another kind of device.
         """
         if self.path is None or not self.path.exists():
             return 0
@@ -86,7 +86,7 @@ class Checkpoint:
         try:
             state = tensors.read(path)
             known = state["fit"]
-        except OSError:
+        except (MemoryError, OSError):
             raise
         except Exception as error:  # damaged files lead to errors of all kinds
             raise ValueError(
@@ -97,6 +97,11 @@ class Checkpoint:
             raise ValueError(
                 f"{path} is the checkpoint of another fit: other initial weights, cells or "
                 "configuration; name another file, or remove this one to begin anew"
+            )
+        if state["random"].keys() != self._generators().keys():
+            raise ValueError(
+                f"{path} is the checkpoint of a fit on another kind of device than {self.device}, "
+                "whose draws cannot go on here; fit there, or remove it to begin anew"
             )
         return state
 

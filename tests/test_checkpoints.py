@@ -147,6 +147,20 @@ def test_the_checkpoint_of_another_fit_is_refused_and_kept(tmp_path, other):
     assert path.read_bytes() == kept
 
 
+def test_the_checkpoint_of_another_kind_of_device_is_refused_before_anything_is_loaded(tmp_path):
+    path, layer = tmp_path / "fit.ckpt", torch.nn.Linear(2, 2)
+    parts, here = {"layer": layer}, torch.device("cpu")
+    kept = checkpoints.Checkpoint(path, "one", parts, torch.Generator(), here)
+    kept.write(3)
+    state = torch.load(path)
+    state["random"]["draws on the device"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(state, path)
+    torch.nn.init.zeros_(layer.weight)
+    with pytest.raises(ValueError, match="fit on another kind of device than cpu"):
+        kept.resume()
+    assert not layer.weight.any()
+
+
 @pytest.mark.parametrize("length", [0, 10, 3000])
 def test_a_damaged_checkpoint_is_told_of(tmp_path, length):
     path = tmp_path / "fit.ckpt"
