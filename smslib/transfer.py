@@ -162,9 +162,9 @@ def adapt(
         dropout the shifts are then fitted to other codes than those they are scored with. A prior
         of the shifts has no part in it.
     config : TrainConfig, optional
-        For "gradient"; 300 epochs at 0.005 without warm-up by default. The released step also has
-        Adam's eps at 0.01, a weight decay of 1e-6 and, for the baselines, an epoch of warm-up: they
-        hardly move the optimum (of 20 conditions by 2e-5 of a shift).
+        For "gradient"; 300 epochs at 0.005 without warm-up by default. The released step also
+        has Adam's eps at 0.01, a weight decay of 1e-6 and, for the baselines, an epoch of
+        warm-up: they hardly move the optimum (of 20 conditions by 2e-5 of a shift).
     drift : bool
         For "gradient": whether the running statistics of the encoder's batch normalisation follow
         the new cells, as in the released baselines. Those of the released sVAE+ do not.
@@ -332,16 +332,20 @@ def _move_shifts(model: SMSVAE, cells: Cells, n_known: int, rule: _Rule) -> floa
     prior = model.prior
     before = prior.gate() * prior.slab()
     for target in range(n_known, len(prior.targets)):
-        dose = prior.dose[cells.condition, target]
-        mine = dose.nonzero()[:, 0]
-        if not len(mine):
-            continue
-        n_cells = dose.square().sum()
-        mean = (dose[mine].unsqueeze(1) * codes[mine]).sum(0) / n_cells
-        prior.slab.mean[target] = rule.slab.best(rule.beta * n_cells, mean)
-        evidence = rule.slab.evidence(rule.beta * n_cells, mean)
-        prior.gate.probability[target] = _best_gate(rule.gate, evidence)
+        n_cells, mean = _mean_code(codes, prior.dose[cells.condition, target])
+        if n_cells > 0:
+            prior.slab.mean[target] = rule.slab.best(rule.beta * n_cells, mean)
+            evidence = rule.slab.evidence(rule.beta * n_cells, mean)
+            prior.gate.probability[target] = _best_gate(rule.gate, evidence)
     return float((prior.gate() * prior.slab() - before).abs().max())
+
+
+def _mean_code(
+    codes: Float[Tensor, "cell latent"], dose: Float[Tensor, " cell"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " latent"]]:
+    """Return how many cells of dose one those of a target are worth, and their mean code there."""
+    mine, n_cells = dose.nonzero()[:, 0], dose.square().sum()
+    return n_cells, (dose[mine].unsqueeze(1) * codes[mine]).sum(0) / n_cells
 
 
 def _best_gate(gate: Gate, evidence: Float[Tensor, " latent"]) -> Float[Tensor, " latent"]:
