@@ -18,6 +18,7 @@ import os
 import traceback
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -163,7 +164,7 @@ def run(
     ----------
     task : callable, config to dict
         Must be importable (no lambda, not defined in a notebook) when a process pool runs it.
-        Its result shares no key with the configuration.
+        Its result shares no key with the configuration, nor a column of `collect`.
     study : sequence of dict
         Repeated configurations run once. No configuration has a key ``run_id`` or ``provenance``.
     root : path
@@ -335,8 +336,8 @@ def collect(root: str | Path) -> pd.DataFrame:
     -------
     DataFrame
         One row per run, sorted by ``run_id``: the columns of the configuration (nested keys joined
-        by dots), of the result, and of the provenance (prefixed ``provenance.``). Empty if no run
-        has finished.
+        by dots, an empty dict as it is), of the result, and of the provenance (prefixed
+        ``provenance.``). Empty if no run has finished.
 
     Raises
     ------
@@ -345,7 +346,7 @@ def collect(root: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.json_normalize([_row(name, entry) for name, entry in _entries(root).items()])
+    return pd.DataFrame([_row(name, entry) for name, entry in _entries(root).items()])
 
 
 def bundle(root: str | Path) -> Path:
@@ -434,7 +435,7 @@ def gather(root: str | Path, path: str | Path) -> Path:
     -------
     Path
         The file: rows and columns of `collect`. A column that parquet cannot hold as it is (kinds
-        mixed in one column) becomes JSON text; `read` undoes that.
+        mixed in one column, dicts without keys) becomes JSON text; `read` undoes that.
 
     Raises
     ------
@@ -443,16 +444,14 @@ def gather(root: str | Path, path: str | Path) -> Path:
     ValueError
         If no run has finished.
     """
-    pyarrow, parquet = _pyarrow()
+    pyarrow, _ = _pyarrow()
     runs = collect(root)
     if runs.empty:
         raise ValueError(_no_run(root))
     fields, columns = zip(
         *(_packed(pyarrow, name, runs[name].tolist()) for name in runs), strict=True
     )
-    sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_arrays(columns, schema=pyarrow.schema(fields)), sink)
-    return store.write_bytes(path, sink.getvalue().to_pybytes())
+    return store.write_bytes(path, _as_parquet(pyarrow, fields, columns))
 
 
 def read(path: str | Path) -> pd.DataFrame:
@@ -750,16 +749,25 @@ def _measured(task: Task, config: Config) -> dict[str, Any]:
         result = task(copy.deepcopy(dict(config)))
     if not isinstance(result, Mapping):
         raise TypeError(f"the task returned {result!r}; expected a dict of results")
-    repeated = sorted(result.keys() & (config.keys() | _RECORD))
-    if repeated:
+    result = store.plain(result)
+    if repeated := _repeated(result, {**config, "provenance": provenance}):
         raise ValueError(
-            f"the result repeats {repeated} of the configuration or of the record; rename them"
+            f"the result repeats {repeated} of the configuration, of the record or of itself; "
+            "rename them (in a table the keys of nested dicts are joined by dots)"
         )
     return {
         "config": dict(config),
-        "result": store.plain(result),
+        "result": result,
         "provenance": store.plain(provenance),
     }
+
+
+def _repeated(result: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a result that `collect` could not tell from others."""
+    own = Counter(name for name, _ in _columns(result))
+    taken = others.keys() | dict(_columns(others)).keys() | _RECORD
+    twice = {name for name, times in own.items() if times > 1}
+    return sorted(twice | (taken & (own.keys() | result.keys())))
 
 
 def _crash(config: Config, error: Exception) -> dict[str, Any]:
@@ -846,8 +854,19 @@ def _raise_if_lost(lost: Mapping[str, Exception], n_runs: int) -> None:
 
 
 def _row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a run, those of nested keys behind the others."""
     row = {"run_id": name, **entry["config"], **entry["result"]}
-    return row | {"provenance": entry["provenance"]}
+    row |= {"provenance": entry["provenance"]}
+    return dict(_columns(dict(sorted(row.items(), key=lambda item: isinstance(item[1], dict)))))
+
+
+def _columns(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield columns: nested keys are joined by dots."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _columns(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _pyarrow() -> tuple[ModuleType, ModuleType]:
@@ -864,10 +883,20 @@ def _packed(pyarrow: ModuleType, name: str, values: list[Any]) -> tuple[Any, Any
     text = json.dumps(values)
     with contextlib.suppress(pyarrow.ArrowException, OverflowError):
         column = pyarrow.array(values)
+        native = pyarrow.field(name, column.type)
+        _as_parquet(pyarrow, [native], [column[:0]])  # Arrow has types that parquet lacks
         if json.dumps(column.to_pylist()) == text:
-            return pyarrow.field(name, column.type), column
+            return native, column
     texts = pyarrow.array([json.dumps(value) for value in values])
     return pyarrow.field(name, texts.type, metadata=_AS_JSON), texts
+
+
+def _as_parquet(pyarrow: ModuleType, fields: Sequence[Any], columns: Sequence[Any]) -> bytes:
+    """Return columns as the bytes of a parquet file."""
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.Table.from_arrays(columns, schema=pyarrow.schema(fields))
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
 
 
 def _unpacked(field: Any, column: Any) -> list[Any]:  # noqa: ANN401 - pyarrow has no stubs

@@ -216,6 +216,21 @@ def test_a_result_may_not_shadow_the_configuration(tmp_path):
         sweep.run(repeat, STUDY[:1], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "result", "name"),
+    [
+        ({"a": {"b": 1}}, {"a.b": 2}, "a.b"),
+        ({"a.b": 1}, {"a": {"b": 2}}, "a.b"),
+        ({"a": {"b": 1}}, {"a": {"c": 2}}, "a"),
+        ({}, {"a": {"b": 1}, "a.b": 2}, "a.b"),
+        ({}, {"provenance.date": "today"}, "provenance.date"),
+    ],
+)
+def test_a_result_may_not_share_a_column_either(tmp_path, config, result, name):
+    with pytest.warns(RuntimeWarning, match=rf"the result repeats \['{name}'\] of the"):
+        sweep.run(lambda _: result, [config], tmp_path)
+
+
 def test_a_result_is_a_dict(tmp_path):
     with pytest.warns(RuntimeWarning, match="the task returned 1; expected a dict of results"):
         sweep.run(lambda _: 1, STUDY[:1], tmp_path)
@@ -629,6 +644,17 @@ def test_collect_is_tidy(tmp_path):
     assert (frame["provenance.cpu_seconds"] >= 0).all()
 
 
+def test_dicts_without_keys_are_collected_and_gathered(tmp_path):
+    """Which parquet cannot hold."""
+    result = {"found": {}, "parts": [{}], "n": {"x": 1, "y": {}}}
+    sweep.run(lambda _: result, [{"seed": 0, "options": {}}], tmp_path / "runs")
+    collected = sweep.collect(tmp_path / "runs")
+    gathered = sweep.read(sweep.gather(tmp_path / "runs", tmp_path / "all.parquet"))
+    values = {"seed": 0, "options": {}, "found": {}, "parts": [{}], "n.x": 1, "n.y": {}}
+    for frame in (collected, gathered):
+        assert {name: frame[name][0] for name in frame if name in values} == values
+
+
 def test_collect_names_a_broken_file(tmp_path):
     (tmp_path / "abc.json").write_text("")
     with pytest.raises(ValueError, match=r"abc\.json is not JSON .*; delete it and compute it ag"):
@@ -746,7 +772,7 @@ ENTRIES = st.fixed_dictionaries(
     {
         "config": st.dictionaries(st.sampled_from("abc"), CELLS),
         "result": st.dictionaries(st.sampled_from("de"), CELLS)
-        | st.fixed_dictionaries({"f": st.dictionaries(st.sampled_from("gh"), CELLS, min_size=1)}),
+        | st.fixed_dictionaries({"f": st.dictionaries(st.sampled_from("gh"), CELLS)}),
         "provenance": st.just({"seeds": [0, 1], "commit": "abc", "wall_seconds": 0.5}),
     }
 )
