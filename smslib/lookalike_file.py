@@ -46,7 +46,7 @@ def to_anndata(screen: LookAlike) -> AnnData:
     Returns
     -------
     AnnData, (n_cells, n_genes)
-        ``X`` CSR, of the smallest unsigned integer that holds the counts; ``obs["target"]`` and
+        ``X`` CSR, uint16, or uint32 if a count needs it; ``obs["target"]`` and
         ``obs["gem_group"]``; ``var["gene_name"]``; ``uns["simulated"]`` and ``uns["pathways"]``.
     """
     import anndata
