@@ -190,8 +190,9 @@ class Shuffled:
     batch_size : int
     seed : int, optional
         With the seed of the configuration, `smslib.train.fit` sees the cells in the order in
-        which it shuffles cells itself. Passes run on: a second fit needs a new object. Without a
-        seed every pass is in the order of ``rows``, as evaluation wants it.
+        which it shuffles cells itself. Passes run on: a second fit needs a new object; one that
+        goes on from a checkpoint is put back by it. Without a seed every pass is in the order of
+        ``rows``, as evaluation wants it.
     """
 
     def __init__(self, rows: Rows, batch_size: int, *, seed: int | None = None) -> None:
@@ -205,6 +206,15 @@ class Shuffled:
         else:
             order = torch.randperm(self.n_cells, generator=self.order)
         return (self.rows[part] for part in order.split(self.batch_size))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return where the passes are, for a checkpoint."""
+        return {} if self.order is None else {"order": self.order.get_state()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on with the pass that comes next there."""
+        if self.order is not None:
+            self.order.set_state(state["order"])
 
 
 class Passes:

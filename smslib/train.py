@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from smslib import parallel
-from smslib.checkpoints import Checkpoint, identity
+from smslib.checkpoints import Checkpoint, Stateful, identity
 from smslib.data import Batches, Cells, minibatches, seeded
 from smslib.model import SMSVAE, Terms
 
@@ -220,9 +220,10 @@ def fit(
     checkpoint : path, optional
         File that keeps the state after every epoch. The same call, made again after an
         interruption, goes on from there and ends with the same weights, to the last bit on one
-        device and thread count; made again after its end, it does nothing but restore them. Of
-        Batches the loader has to give an epoch the same cells again. The file stays; remove it
-        once the model is saved.
+        device and thread count; made again after its end, it does nothing but restore them. A
+        loader with ``state_dict`` and ``load_state_dict``, as `smslib.batches.Shuffled` has, goes
+        on as well; any other has to give every epoch the same cells in the same order. The file
+        stays; remove it once the model is saved.
     progress : bool
         Show a bar when the session is interactive.
 
@@ -283,6 +284,7 @@ class _Course:
         self.history, self.best = History(), _Best(config)
         parts = {"model": model, "optimizer": self.optimizer}
         parts |= {"history": self.history, "best": self.best}
+        parts |= {} if isinstance(cells, Cells) else {"cells": cells}
         path, fit = None, ""
         if checkpoint is not None:
             path = Path(checkpoint)
@@ -530,6 +532,13 @@ class _Checked:
                 self.check(batch)
             yield batch
         self.done = True
+
+    def state_dict(self) -> dict[str, object]:
+        return self.batches.state_dict() if isinstance(self.batches, Stateful) else {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        if isinstance(self.batches, Stateful):
+            self.batches.load_state_dict(state)
 
 
 def _checked(model: SMSVAE, cells: Cells | Batches, name: str, largest: int) -> Cells | Batches:

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import sparse
 from torch import distributed
 
 from smslib import checkpoints, train
-from smslib.batches import Passes
+from smslib.batches import Packed, Passes, Rows, Shuffled
 from smslib.data import Cells, Design
 from smslib.model import SMSVAE
 from smslib.train import TrainConfig, fit
@@ -105,6 +106,16 @@ def test_batches_in_a_fixed_order_go_on(tmp_path, monkeypatch):
     path = tmp_path / "fit.ckpt"
     interrupted(monkeypatch, 2, path=path, cells=cells)
     assert_same(go(path=path, cells=cells), go(cells=cells))
+
+
+def test_shuffled_batches_go_on_with_the_pass_that_was_due(tmp_path, monkeypatch):
+    def shuffled():
+        matrix = sparse.csr_matrix(CELLS.counts.numpy())
+        return Shuffled(Rows(Packed.of(matrix), CELLS.condition), CONFIG.batch_size, seed=3)
+
+    path = tmp_path / "fit.ckpt"
+    interrupted(monkeypatch, 2, path=path, cells=shuffled())
+    assert_same(go(path=path, cells=shuffled()), go(cells=shuffled()))
 
 
 def test_the_global_random_state_is_left_alone(tmp_path, monkeypatch):
