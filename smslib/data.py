@@ -43,6 +43,7 @@ __all__ = [
 
 
 LARGEST_COUNT = 2**24  # the largest up to which float32 holds every integer
+_MISSING_AS_TEXT = ("nan", "NaN", "None", "<NA>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,9 +306,12 @@ def read_design(
     """
     names, control = labels(adata, perturbation_key), str(control)
     if control not in names:
+        twin = f"{control}.0"  # of labels that were read as real numbers
+        known = np.unique(names)
+        hint = f"; there is {twin!r}" if twin in known else nearest_known(control, known)
         raise ValueError(
             f"control {control!r} is not among the conditions of adata.obs[{perturbation_key!r}]"
-            f"{nearest_known(control, np.unique(names))}"
+            f"{hint}"
         )
     _refuse_repeated_names(adata)
     design = _design(names, control, sep)
@@ -668,7 +672,7 @@ def _check_counts(
         raise ValueError(
             f"{where} holds {counts[cell, gene]} for cell {adata.obs_names[cell]!r}, gene "
             f"{adata.var_names[gene]!r}; expected raw counts (non-negative integers). Noticed: "
-            f"{why_not_counts(counts)}. Pass layer= if they are elsewhere (available: {others})"
+            f"{why_not_counts(counts)}. {_elsewhere(adata, others)}"
         )
     if values.max(initial=0) > LARGEST_COUNT:
         raise ValueError(
@@ -682,6 +686,13 @@ def _check_counts(
             f"{int(empty.sum())} cells have no UMIs, first {first!r}; remove them "
             "(scanpy.pp.filter_cells(adata, min_counts=1))"
         )
+
+
+def _elsewhere(adata: anndata.AnnData, layers: Sequence[str | None]) -> str:
+    """Say where counts may be, if not where they were looked for."""
+    hint = f"Pass layer= if they are elsewhere (available: {layers})"
+    raw = "; adata.raw is there as well: adata.raw.to_adata()"
+    return hint if adata.raw is None else hint + raw
 
 
 def _first(bad: np.ndarray, counts: np.ndarray | scipy.sparse.csr_matrix) -> tuple[int, int]:
@@ -700,6 +711,17 @@ def _dense(counts: np.ndarray | scipy.sparse.csr_matrix) -> Float[np.ndarray, "c
     return counts.astype(np.float32).toarray()
 
 
+def _check_spelling(targets: Sequence[str]) -> None:
+    """Refuse targets that are others with blanks around them, or missing labels made text."""
+    odd = [name for name in targets if name != name.strip() or name in _MISSING_AS_TEXT]
+    if odd:
+        raise ValueError(
+            f"targets {odd[:5]} have blanks around their names or are missing labels turned into "
+            "text; strip the labels (adata.obs[key].str.strip()), give separators without blanks, "
+            "and drop cells without a label"
+        )
+
+
 def _design(labels: np.ndarray, control: str, sep: str) -> Design:
     """Build the design of the conditions found, control first, targets in alphabetical order."""
     conditions = [control, *sorted(set(labels) - {control})]
@@ -708,6 +730,7 @@ def _design(labels: np.ndarray, control: str, sep: str) -> Design:
         for name in conditions
     ]
     targets = sorted({part for names in parts for part in names})
+    _check_spelling(targets)
     if "" in targets:
         nameless = [name for name, found in zip(conditions, parts, strict=True) if "" in found]
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch.nn import functional
 
 from smslib import metrics, recipes, transfer
 from smslib.data import Cells, Design, checked, from_anndata, labels, on_design, split_rows
@@ -72,7 +73,11 @@ class SMS:
     ``q(z | x)``.
 
     There are no covariates. Where batches differ and conditions are unevenly spread over them, fit
-    one batch at a time, or compare the shifts of two (`smslib.screens.replicate_correlation`).
+    one batch at a time and compare the shifts of two fits (`smslib.programs.recurrence`).
+
+    Functions of the library that take a model and cells, such as `smslib.programs.jacobian`, are
+    given ``model.module``, ``model.cells`` and ``genes=model.genes``: the cells of an AnnData may
+    have their genes in another order.
 
     The counts are held densely, 4 bytes for each cell and gene, and twice while training.
 
@@ -106,7 +111,7 @@ class SMS:
         cells, design = from_anndata(adata, **setup)
         self._stand(adata, cells.to(device), setup, tuple(adata.var_names))
         self.history: History | None = None
-        self._seed, self._trained_on = int(seed), _digest(adata)
+        self._seed, self._trained_on = int(seed), self._digest()
         train = self._cells[self._rows()[0]]
         self.module, self._config = recipes.build(
             train,
@@ -182,6 +187,19 @@ class SMS:
         self._training = config
         self._thresholds = self._asked_of(train, self.module.prior.design)
         return self.history
+
+    @property
+    def cells(self) -> Cells:
+        """The cells that the model stands in front of, with genes and conditions as it knows them.
+
+        For the functions of the library that take a model and cells, `module`.
+        """
+        return self._cells
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """The genes of the model, in its order."""
+        return tuple(self._genes)
 
     @property
     def validation_indices(self) -> Int[np.ndarray, " cell"]:
@@ -289,7 +307,8 @@ class SMS:
         adata : AnnData
             Cells of new conditions, of known ones as well if wanted; controls are not needed. A
             label is new if no cell of the training has it. One that is made of known targets alone
-            has the sum of their shifts, and nothing to learn; any other is one new target.
+            has the sum of their shifts, and nothing to learn; any other is one new target, which
+            labels of the same parts share (E, E+control, control+E).
         gates : {"learned", "open"}
             Which latents a new target moves: those for which its cells outweigh the sparsity, or
             all of them, as in the paper. See `smslib.transfer.adapt`.
@@ -398,6 +417,13 @@ class SMS:
         seen = design.cells_per_target(cells.condition).double()
         return self.module.prior.thresholds(self._training.beta * seen).tolist()
 
+    def _digest(self) -> str:
+        """Return what tells these cells, in this order, from others: name, label and UMIs."""
+        label = self.adata.obs[self._setup["perturbation_key"]].astype(str)
+        umis = self._cells.library.squeeze(1).tolist()
+        rows = list(zip(self.adata.obs_names, label, umis, strict=True))
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
     def _rows(self) -> tuple[Int[torch.Tensor, " cell"], ...]:
         """Return which cells train and which validate."""
         if self._trained_on is None:
@@ -405,10 +431,10 @@ class SMS:
                 "the model comes from adapt, which trained it on none of these cells; to train on "
                 "them, make a new model, SMS(adata)"
             )
-        if _digest(self.adata) != self._trained_on:
+        if self._digest() != self._trained_on:
             raise ValueError(
-                "adata holds other cells, or in another order, than those that the model was made "
-                "for; load it in front of those, or make a new model"
+                "adata holds other cells, in another order or under other labels, than those that "
+                "the model was made for; load it in front of those, or make a new model"
             )
         rows = split_rows(self._cells.condition, (0.9, 0.1), seed=self._seed)
         if not len(rows[1]):
@@ -471,7 +497,7 @@ def stability(models: Sequence[SMS], *, threshold: float = 0.5) -> pd.DataFrame:
         raise ValueError(
             f"the models have (cells, latents) {sorted(shapes)}; expected the same of all"
         )
-    if len({_digest(model.adata) for model in models}) > 1:
+    if len({model._digest() for model in models}) > 1:
         raise ValueError(
             "the models stand in front of other cells, or of the same in another order; load them "
             "in front of one adata, SMS.load(path, adata)"
@@ -494,15 +520,22 @@ def _shortened(config: TrainConfig, epochs: int | None) -> TrainConfig:
 
 
 def _extended(known: Design, new: Sequence[str], setup: Mapping[str, str]) -> Design:
-    """Return the design with new labels: sums of known targets, or one new target each."""
-    parts = {label: set(label.split(setup["sep"])) - {str(setup["control"])} for label in new}
-    sums = [label for label in new if parts[label] <= set(known.targets)]
-    design = known.extend([label for label in new if label not in sums])
-    doses = design.matrix.new_zeros(len(sums), design.n_targets)
-    for row, label in zip(doses, sums, strict=True):
-        row[[design.targets.index(target) for target in parts[label]]] = 1.0
-    matrix = torch.cat([design.matrix, doses])
-    return Design((*design.conditions, *sums), design.targets, matrix)
+    """Return the design with new labels: sums of known targets, or one new target each.
+
+    Labels of the same parts share it: E, E+control and control+E.
+    """
+    parts = [frozenset(label.split(setup["sep"])) - {setup["control"]} for label in new]
+    own: dict[frozenset[str], str] = {}
+    for label, found in zip(new, parts, strict=True):
+        if not found <= set(known.targets):
+            own.setdefault(found, *found if len(found) == 1 else (label,))
+    targets = (*known.targets, *own.values())
+    doses = known.matrix.new_zeros(len(new), len(targets))
+    for row, found in zip(doses, parts, strict=True):
+        perturbed = [own[found]] if found in own else found
+        row[[targets.index(target) for target in perturbed]] = 1.0
+    matrix = torch.cat([functional.pad(known.matrix, (0, len(own))), doses])
+    return Design((*known.conditions, *new), targets, matrix)
 
 
 def _aligned(
@@ -520,11 +553,6 @@ def _aligned(
         adata = adata[:, list(genes)]
     where = {key: setup.get(key) for key in ("perturbation_key", "layer")}
     return on_design(adata, design, **where)
-
-
-def _digest(adata: anndata.AnnData) -> str:
-    """Return what tells these cells, in this order, from others: by their names."""
-    return hashlib.sha256("\n".join(adata.obs_names).encode()).hexdigest()
 
 
 def _weights_of(path: str | os.PathLike) -> str:

@@ -313,6 +313,6 @@ def strength_at(alpha: float, method: str) -> float | None:
 def _alpha(plan: Recipe, cells: Cells, design: Design) -> float:
     """Return the alpha of a recipe that adapts it to the screen."""
     if plan.sparsity == "targets":
-        return float(max(1, design.n_targets))  # 1: of controls alone
+        return float(max(2, design.n_targets))  # at 1 the prior is flat, and gates stay open
     median = float(design.cells_per_target(cells.condition).median())
     return max(2.0, _ALPHA_PER_CELL * median)

@@ -110,6 +110,16 @@ def test_labels_that_are_numbers_are_compared_as_text():
     assert cells.condition.tolist() == adata.obs["target"].tolist()
     with pytest.raises(ValueError, match=r"control '7' is not among .* known: \['0', '1', '2'\]"):
         load(adata, control=7)
+    adata.obs["target"] = adata.obs["target"].astype(float)
+    with pytest.raises(ValueError, match=r"control '0' is not among .*; there is '0\.0'"):
+        load(adata, control=0)
+
+
+def test_counts_that_were_put_aside_are_pointed_at():
+    adata = screen(COUNTS / 2)
+    adata.raw = screen()
+    with pytest.raises(ValueError, match=r"adata\.raw is there as well: adata\.raw\.to_adata\(\)"):
+        load(adata)
 
 
 def test_cells_without_controls_are_read_onto_a_design_that_exists():
@@ -166,6 +176,12 @@ def test_repeated_entries_are_bounded_by_their_sum():
         (screen(), {"layer": "raw"}, KeyError, r"layer 'raw' is not in adata\.layers"),
         (screen(), {"control": "ctlr"}, ValueError, r"control 'ctlr' is not among.*\['ctrl'\]"),
         (screen(), {"control": "zzz"}, ValueError, r"control 'zzz'.*known: \['KLF1'"),
+        (
+            screen(labels=("ctrl", "A + B", "A", "nan")),
+            {},
+            ValueError,
+            r"targets \[' B', 'A ', 'nan'\] have blanks around their names or are missing labels",
+        ),
         (
             screen(labels=("ctrl", None, "KLF1", None)),
             {},
