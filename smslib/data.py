@@ -26,6 +26,7 @@ __all__ = [
     "Batches",
     "Cells",
     "Design",
+    "chosen_device",
     "first_of_each",
     "from_anndata",
     "labels",
@@ -445,6 +446,32 @@ def split_rows(
         for index, piece in enumerate(np.split(members, cuts)):
             part[piece] = index
     return tuple(torch.from_numpy(np.flatnonzero(part == index)) for index in range(len(shares)))
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return a device by its name.
+
+    Parameters
+    ----------
+    name : str
+        ``"auto"``, the first GPU or, where there is none, the processor; or a name of torch's,
+        such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+
+    Raises
+    ------
+    ValueError
+        If torch finds no GPU to go by that name.
+    """
+    there = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if there else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not there:
+        raise ValueError(
+            f"device is {name!r}, but torch {torch.__version__} finds no GPU; pass 'auto' or "
+            "'cpu', or install torch for CUDA"
+        )
+    return device
 
 
 @contextlib.contextmanager

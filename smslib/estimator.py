@@ -19,7 +19,16 @@ from jaxtyping import Float, Int
 from torch.nn import functional
 
 from smslib import metrics, recipes, transfer
-from smslib.data import Cells, Design, checked, from_anndata, labels, on_design, split_rows
+from smslib.data import (
+    Cells,
+    Design,
+    checked,
+    chosen_device,
+    from_anndata,
+    labels,
+    on_design,
+    split_rows,
+)
 from smslib.evaluate import elbo, iwelbo, latents
 from smslib.model import SMSVAE
 from smslib.names import unknown_names
@@ -57,6 +66,7 @@ class SMS:
     seed : int
         Of the split, the initial weights, the batches and the draws.
     device : str
+        As in `smslib.data.chosen_device`.
 
     Raises
     ------
@@ -109,7 +119,7 @@ class SMS:
                 "control=...)"
             )
         cells, design = from_anndata(adata, **setup)
-        self._stand(adata, cells.to(device), setup, tuple(adata.var_names))
+        self._stand(adata, cells.to(chosen_device(device)), setup, tuple(adata.var_names))
         self.history: History | None = None
         self._seed, self._trained_on = int(seed), self._digest()
         train = self._cells[self._rows()[0]]
@@ -122,7 +132,7 @@ class SMS:
             sparsity=sparsity,
             seed=self._seed,
         )
-        self.module.to(device)
+        self.module.to(self._cells.device)
         self._training = self._config
         self._thresholds = self._asked_of(train, design)
 
@@ -371,6 +381,7 @@ class SMS:
             The same cells or others. Genes are found by name, in any order. It need not be set up:
             the model remembers the names of column, control and layer.
         device : str
+            As in `smslib.data.chosen_device`.
 
         Raises
         ------
@@ -382,12 +393,12 @@ class SMS:
             If ``adata`` lacks genes of the model, or the files are damaged or do not belong
             together.
         """
-        module, note = SMSVAE.load(path, device=device), _noted(path)
+        module, note = SMSVAE.load(path, device=chosen_device(device)), _noted(path)
         setup = _setup_of(adata) or note["_setup"]
         cells = _aligned(adata, note["_genes"], module.prior.design, setup)
         front = object.__new__(cls)
         vars(front).update(note)
-        front._stand(adata, cells.to(device), setup, note["_genes"])
+        front._stand(adata, cells.to(module.device), setup, note["_genes"])
         front.module = module
         return front
 

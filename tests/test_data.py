@@ -17,6 +17,7 @@ from scipy import sparse
 from smslib.data import (
     Cells,
     Design,
+    chosen_device,
     from_anndata,
     minibatches,
     on_design,
@@ -120,6 +121,18 @@ def test_counts_that_were_put_aside_are_pointed_at():
     adata.raw = screen()
     with pytest.raises(ValueError, match=r"adata\.raw is there as well: adata\.raw\.to_adata\(\)"):
         load(adata)
+
+
+@pytest.mark.parametrize(("there", "best"), [(True, "cuda"), (False, "cpu")])
+def test_the_device_that_is_there_is_chosen_and_no_other_is_taken_for_it(monkeypatch, there, best):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert chosen_device("auto") == torch.device(best)
+    assert chosen_device("cpu") == torch.device("cpu")
+    if there:
+        assert chosen_device("cuda:1") == torch.device("cuda:1")
+    else:
+        with pytest.raises(ValueError, match="device is 'cuda', but torch .* finds no GPU"):
+            chosen_device("cuda")
 
 
 def test_cells_without_controls_are_read_onto_a_design_that_exists():
