@@ -4,6 +4,7 @@ something that breaks it.
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,10 +58,39 @@ def test_notebook_follows(rule, name):
 def test_what_a_notebook_installs_is_this_repository_with_extras_that_it_has():
     address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
     assert f"git clone -q --depth 1 {address}\n" in rules.INSTALL
-    assert f"%cd {address.rpartition('/')[2]}/notebooks\n" in rules.INSTALL
+    name = address.rpartition("/")[2]
+    assert rules.INSTALL.endswith(f"%cd {name}/notebooks")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = re.search(r"\.\.\[(.*)\]", rules.INSTALL)[1].split(",")
+    named = re.search(rf'install -q "\./{name}\[(.*)\]"', rules.INSTALL)[1].split(",")
     assert set(named) <= set(extras["optional-dependencies"])
+
+
+@pytest.mark.parametrize(
+    ("folder", "clone", "installed", "done"),
+    [
+        ("book/notebooks", False, True, []),
+        (".", False, False, ["!git", "%pip", "%cd"]),
+        (".", True, False, ["!git", "%pip", "%cd"]),  # a namespace package, to look at
+        (".", True, True, ["%cd"]),  # a session begun again
+    ],
+)
+def test_the_first_cell_does_what_is_missing(tmp_path, folder, clone, installed, done):
+    (tmp_path / "book" / "notebooks").mkdir(parents=True)
+    (tmp_path / "book" / "book" / "results").mkdir(parents=True)
+    if clone:
+        (tmp_path / "smslib" / "smslib").mkdir(parents=True)
+    if installed:
+        (tmp_path / "installed" / "smslib").mkdir(parents=True)
+        (tmp_path / "installed" / "smslib" / "__init__.py").touch()
+    program = re.sub(r"^( +)([%!]\w+).*$", r'\1print("\2")', rules.INSTALL, flags=re.MULTILINE)
+    path = f"import sys; sys.path[:0] = ['', {str(tmp_path / 'installed')!r}]\n"
+    # Without the packages of this environment, smslib among them.
+    command = [sys.executable, "-S", "-c", path + program]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    said = subprocess.run(
+        command, cwd=tmp_path / folder, env=environment, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == done
 
 
 @pytest.mark.parametrize("name", NAMES)

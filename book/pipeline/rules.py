@@ -28,13 +28,16 @@ TAGS = {
     "remove-input",
     "remove-output",
 }
-# What makes a notebook run where it was opened alone; elsewhere it does nothing.
+# What makes a notebook run where it was opened alone; elsewhere it does nothing. A clone whose
+# package is not installed is found, too, but has no origin; a session begun again is in /content.
 INSTALL = """from importlib.util import find_spec
+from pathlib import Path
 
-if not find_spec("smslib"):  # on Colab: fetch book and library
+if not getattr(find_spec("smslib"), "origin", None):  # on Colab: fetch book and library
     !git clone -q --depth 1 https://github.com/smslib/smslib
-    %cd smslib/notebooks
-    %pip install -q "..[data,plot]\""""
+    %pip install -q "./smslib[data,plot]"
+if not Path("../book/results").exists():
+    %cd smslib/notebooks"""
 _URL = re.compile(r"https?://")
 _SHOWN_CODE = re.compile(r"^(`{3,})(\{code|python|bash|text|\n).*?^\1", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$]*\$", re.DOTALL)
