@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import Real
 
-from smslib import files, metrics
+from smslib import __version__, files, metrics
 from smslib.names import nearest_known
 
 __all__ = [
@@ -337,7 +337,8 @@ def _surroundings(device: str) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ":(top,glob)**/*.py")),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "numpy", "smslib")},
+        **{name: _version(name) for name in ("torch", "numpy")},
+        "smslib": __version__,  # the installed one may be another
         "device": _device_name(device),
         "n_cpu": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -354,12 +355,17 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Ask git about the repository that holds this package; None where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Ask git about the repository that tracks this file; None where there is none.
+
+    That a folder above is a repository is not enough: it may be someone else's.
+    """
+    here = Path(__file__)
+    for question in (("ls-files", "--error-unmatch", here.name), arguments):
+        command = ["git", "-C", str(here.parent), *question]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
     return answer.stdout.strip()
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import smslib
 from smslib import store
 
 PROVENANCE = {"commit": "abc"}
@@ -196,6 +198,8 @@ def test_a_crash_is_measured_too():
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A clean git repository in which the package pretends to live."""
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
     monkeypatch.setattr(store, "__file__", str(tmp_path / "store.py"))
     for variable in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(variable)
@@ -229,6 +233,17 @@ def test_provenance_names_the_commit_and_sees_changed_code(repository):
     assert changed["dirty"] is True
 
 
+def test_in_a_repository_of_something_else_there_is_no_commit(repository, monkeypatch):
+    folder, _ = repository
+    (folder / "unpacked").mkdir()
+    (folder / "unpacked" / "store.py").touch()
+    monkeypatch.setattr(store, "__file__", str(folder / "unpacked" / "store.py"))
+    with store.measure() as provenance:
+        pass
+    assert provenance["commit"] is None
+    assert provenance["dirty"] is False
+
+
 def test_outside_git_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(store, "__file__", str(tmp_path / "store.py"))
@@ -245,14 +260,15 @@ def test_without_git_there_is_no_commit(monkeypatch):
     assert provenance["commit"] is None
 
 
-def test_versions_are_of_installed_packages(monkeypatch):
+def test_versions_are_of_installed_packages_and_of_the_smslib_that_runs(monkeypatch):
     def absent(name):
         raise store.PackageNotFoundError(name)
 
     monkeypatch.setattr(store, "version", absent)
     with store.measure() as provenance:
         pass
-    assert provenance["smslib"] is None
+    assert provenance["torch"] is None
+    assert provenance["smslib"] == smslib.__version__
 
 
 def test_a_gpu_is_named_and_its_memory_counted(monkeypatch):
