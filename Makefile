@@ -1,8 +1,14 @@
 # Everything runs in .venv, made from requirements.lock. `make` alone lists the targets.
 
 PYTHON ?= python3
-# Where torch's small CPU build comes from; `make book TORCH_INDEX=` takes the default build (CUDA on Linux).
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Where torch's small CPU build comes from; `make book TORCH_INDEX=` takes the default build (CUDA on
+# Linux). What was said last is kept in .venv, and holds until something else is said.
+TORCH := .venv/.torch
+ifeq ($(origin TORCH_INDEX),undefined)
+TORCH_INDEX := $(shell cat $(TORCH) 2>/dev/null || echo https://download.pytorch.org/whl/cpu)
+else
+OTHER_TORCH := $(shell [ -f $(TORCH) ] && [ "$$(cat $(TORCH))" = "$(TORCH_INDEX)" ] || echo stale)
+endif
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -11,9 +17,15 @@ READY := .venv/.ready
 # Numbers must not depend on how many cores happen to be free.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONHASHSEED=0
 
+# .venv has to be made ready again where Python was upgraded (its packages are gone with the old
+# one), in a tree that was moved or copied (it still names the first), and for another torch.
+RUNS := $(PY) -c 'import pip' 2>/dev/null
+STALE := $(OTHER_TORCH) $(shell $(RUNS) && [ "$$(cat $(READY) 2>/dev/null)" = "$(CURDIR)" ] || echo stale)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help book test html links notebooks full bench speed torture lint clean distclean lock
+.PHONY: stale
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name does; \
@@ -61,11 +73,14 @@ clean: ## Remove everything built, keep .venv
 distclean: clean ## Remove .venv too
 	rm -rf .venv
 
+# papermill asks for the first on Python 3.12 alone, ipykernel for the second on macOS alone.
+ELSEWHERE := aiohttp appnope
+
 lock: ## Rewrite requirements.lock from a fresh environment with the newest versions allowed
 	rm -rf _build/lock
 	$(PYTHON) -m venv _build/lock
 	$(call install_torch,_build/lock/bin/python -m pip,)
-	_build/lock/bin/python -m pip install --quiet -e '.[book,test]'
+	_build/lock/bin/python -m pip install --quiet -e '.[book,test]' $(ELSEWHERE)
 	( sed '/^[^#]/d' requirements.lock; \
 	  _build/lock/bin/python -m pip list --format=freeze --exclude pip --exclude smslib | sed 's/+[a-z0-9.]*$$//' ) > _build/requirements.lock
 	mv _build/requirements.lock requirements.lock
@@ -78,10 +93,13 @@ define install_torch
 	  || echo "No CPU build of torch at $(TORCH_INDEX): taking the default one."; fi
 endef
 
-$(READY): pyproject.toml requirements.lock
+$(READY): pyproject.toml requirements.lock $(STALE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "smslib needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -1). Say which: make PYTHON=python3.12" >&2; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@rm -f $@
+	@$(RUNS) || $(PYTHON) -m venv --clear .venv
+	$(if $(OTHER_TORCH),@rm -f $(TORCH); $(PIP) uninstall -qq --yes torch)
 	$(call install_torch,$(PIP),-c requirements.lock)
 	$(PIP) install --quiet -c requirements.lock -e '.[book,test]'
-	@touch $@
+	@echo "$(TORCH_INDEX)" > $(TORCH)
+	@echo "$(CURDIR)" > $@

@@ -1,7 +1,9 @@
 """One place for versions: the lock pins what pyproject.toml asks for, conda goes through both."""
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -77,39 +79,140 @@ def test_the_installed_environment_is_the_lock():
     assert differing == {}
 
 
-def test_the_lock_is_complete():
-    """Nothing that an installed requirement needs here, however deep, escapes the lock."""
+PLATFORMS = {
+    "Linux": {"sys_platform": "linux", "platform_machine": "x86_64"},
+    "Darwin": {"sys_platform": "darwin", "platform_machine": "arm64"},
+}
+# What torch's CUDA build asks for, in versions of its own choice.
+CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")
+
+
+def needed(environment):
+    """Return all that the project's requirements ask for, however deep, by the metadata here."""
     todo, seen = [(r.name, r.extras) for r in OTHERS], set()
     while todo:
         name, extras = todo.pop()
-        if (key := (canonicalize_name(name), frozenset(extras))) in seen:
+        key = (canonicalize_name(name), frozenset(extras))
+        if key in seen or CUDA.fullmatch(key[0]):
             continue
         seen.add(key)
-        for text in metadata.requires(name) or []:
-            requirement = Requirement(text)
-            environments = [{"extra": extra} for extra in extras or {""}]
-            if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
+        for requirement in map(Requirement, required(name)):
+            places = [{**environment, "extra": extra} for extra in extras or {""}]
+            if requirement.marker is None or any(map(requirement.marker.evaluate, places)):
                 todo.append((requirement.name, requirement.extras))
-    assert {name for name, _ in seen} - locked().keys() == set()
+    return {name for name, _ in seen}
 
 
-def make(*arguments, **environment):
+def required(name):
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []  # a package that only other platforms or Pythons need
+
+
+@pytest.mark.parametrize("system", PLATFORMS)
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_lock_is_complete(python, system):
+    """Nothing that is needed there escapes the lock."""
+    version = {"python_version": python, "python_full_version": f"{python}.4"}
+    place = {"platform_system": system, "os_name": "posix", **PLATFORMS[system]}
+    assert needed({**version, **place}) - locked().keys() == set()
+
+
+def test_what_torch_asks_for_on_cuda_is_not_locked(monkeypatch):
+    asked = ["nvidia-nccl-cu13; platform_system == 'Linux'", "triton", "cuda-toolkit[nvrtc]", "x"]
+    monkeypatch.setattr(metadata, "requires", {"torch": asked}.get)
+    assert needed({}) - locked().keys() == {"x"}
+
+
+def make(*arguments, folder=ROOT, **environment):
+    # What a make that runs the tests tells the makes below it, such as its flags.
+    above = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "TORCH_INDEX"}
     return subprocess.run(
         ["make", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k not in above} | environment,
         capture_output=True,
         text=True,
         check=False,
     )
 
 
+@pytest.fixture
+def ready(tmp_path):
+    """A tree whose environment is ready, as far as make can see."""
+    folder = tmp_path / "a tree"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copyfile(ROOT / name, folder / name)
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    (folder / ".venv" / ".ready").write_text(f"{folder}\n")
+    return folder
+
+
+def installs(done):
+    """Whether a dry run would make the environment ready, and whether it drops torch before."""
+    return "install --quiet -c requirements.lock" in done.stdout, "uninstall" in done.stdout
+
+
+def test_an_environment_that_is_ready_is_left_alone(ready):
+    assert installs(make("-n", "html", folder=ready)) == (False, False)
+
+
+def test_a_moved_tree_is_installed_again(ready):
+    moved = ready.rename(ready.with_name("moved"))
+    assert installs(make("-n", "html", folder=moved)) == (True, False)
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(ready):
+    (ready / ".venv" / "bin" / "python").unlink()
+    (ready / ".venv" / "bin" / "python").symlink_to("no-such-python")
+    done = make("-n", "html", folder=ready)
+    assert installs(done) == (True, False)
+    assert "-m venv --clear .venv" in done.stdout
+    assert make("help", folder=ready).stderr == ""
+
+
+def test_another_build_of_torch_takes_the_place_of_the_old_one(ready):
+    stamp = ready / ".venv" / ".torch"
+    assert installs(make("-n", "html", "TORCH_INDEX=", folder=ready)) == (True, True)
+    stamp.write_text("\n")  # what is left by TORCH_INDEX=
+    assert installs(make("-n", "html", "TORCH_INDEX=", folder=ready)) == (False, False)
+    assert installs(make("-n", "html", folder=ready)) == (False, False)
+    assert installs(make("-n", "html", folder=ready, TORCH_INDEX="x")) == (True, True)
+
+
+def targets():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return phony[1].split()
+
+
+def runs(name):
+    """Whether ``python -m name`` finds something to run."""
+    spec = importlib.util.find_spec(name)
+    package = spec is not None and spec.submodule_search_locations is not None
+    return spec is not None and (not package or runs(f"{name}.__main__"))
+
+
+@pytest.mark.parametrize("target", targets())
+def test_what_a_target_runs_is_there(target):
+    done = make("-n", "--always-make", target)
+    assert done.returncode == 0
+    called = re.findall(r"python3?(?: -m ([\w.]+)| ([\w/]+\.py))(?: (\w+))?", done.stdout)
+    assert [name for name, _, _ in called if name and not runs(name)] == []
+    assert [path for _, path, _ in called if path and not (ROOT / path).is_file()] == []
+    actions = {action for name, _, action in called if name == "pipeline"}
+    assert actions <= {"execute", "refresh", "html", "links"}
+    assert called or target in {"help", "clean", "distclean"}
+
+
 def test_make_alone_lists_every_target_with_one_line():
     listed = make().stdout
     assert make("help").stdout == listed
     documented = re.findall(r"^  make (\w+) +\S.*$", listed, re.MULTILINE)
-    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    assert documented == phony.split()
+    assert documented == targets()
 
 
 def test_an_old_python_is_refused_with_a_way_out(tmp_path):
@@ -132,6 +235,20 @@ def test_ci_runs_the_tests_and_nothing_else_decides():
     steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
     assert ".ci/run" in steps
     assert "make book" in steps
+    assert workflow["env"]["SMS_REQUIRE_DATA"] == "1"
+    assert "SMS_REQUIRE_DATA" not in script
+
+
+def test_the_data_of_hosted_runs_lie_where_the_cache_and_git_expect_them():
+    text = (ROOT / ".github" / "workflows" / "book.yml").read_text()
+    assert "github.workspace" not in text  # in a container, a folder of the host
+    assert "/.data/" in (ROOT / ".gitignore").read_text().splitlines()
+    for name in ("test", "book"):
+        steps = yaml.safe_load(text)["jobs"][name]["steps"]
+        cached = " ".join(step.get("with", {}).get("path", "") for step in steps)
+        assert ".data" in cached.split()
+        said = [step.get("run", "") for step in steps]
+        assert 'echo "SMS_DATA_DIR=$GITHUB_WORKSPACE/.data" >> "$GITHUB_ENV"' in said
 
 
 def test_the_project_needs_this_python():
