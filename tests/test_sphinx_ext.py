@@ -1,6 +1,7 @@
 """The book's Sphinx extensions on a tiny project: values in prose, provenance, formulas."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -310,11 +311,19 @@ def test_only_thebes_scripts_are_dropped(script, thebe):
     assert offline.is_thebe(script) == thebe
 
 
-def test_mathjax_is_copied_once(tmp_path):
-    offline.copy_mathjax(offline.mathjax_folder(), tmp_path)
-    (tmp_path / "tex-chtml.js").write_text("mine")
-    offline.copy_mathjax(offline.mathjax_folder(), tmp_path)
-    assert (tmp_path / "tex-chtml.js").read_text() == "mine"
+def test_mathjax_is_copied_once_and_again_where_it_is_another_or_incomplete(tmp_path):
+    source = offline.mathjax_folder()
+    offline.copy_mathjax(source, tmp_path)
+    copies = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    for path in copies:
+        os.utime(path, (1, 1))
+    copies[0].unlink()
+    (tmp_path / "tex-chtml.js").write_text("of another version")
+    offline.copy_mathjax(source, tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == copies
+    assert (tmp_path / "tex-chtml.js").read_bytes() == (source / "tex-chtml.js").read_bytes()
+    anew = {path for path in copies if path.stat().st_mtime > 1}
+    assert anew == {copies[0], tmp_path / "tex-chtml.js"}
     assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) < 3_000_000
 
 

@@ -3,6 +3,7 @@
 Ship MathJax, drop what would run cells on a server and the icons that no page shows.
 """
 
+import filecmp
 import re
 import shutil
 from collections.abc import Iterable
@@ -26,13 +27,19 @@ _SHOWN = re.compile(r"\bfa-([a-z0-9-]+)")
 
 
 def copy_mathjax(source: Path, target: Path) -> None:
-    """Copy the parts of MathJax that the book uses, unless they are there."""
-    for part in PARTS:
-        origin, copy = source / part, target / part
-        if copy.exists():
-            continue
+    """Copy the parts of MathJax that the book uses, file by file, unless they are the same there.
+
+    A file that is there is whole, also where an earlier copying was killed.
+    """
+    parts = [path for part in PARTS for path in (source / part, *(source / part).rglob("*"))]
+    names = [path.relative_to(source) for path in parts if path.is_file()]
+    _, other, absent = filecmp.cmpfiles(source, target, names, shallow=False)
+    for name in other + absent:
+        copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if origin.is_dir() else shutil.copyfile)(origin, copy)
+        draft = copy.with_name(f"{copy.name}.tmp")
+        shutil.copyfile(source / name, draft)
+        draft.replace(copy)
 
 
 def mathjax_folder() -> Path:
