@@ -4,8 +4,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nbformat import v4
-from pipeline import execute, files, pages, refresh, render, stage
+from pipeline import execute, files, nbval_plugin, pages, refresh, render, stage
 from pipeline.compare import Tolerance, difference, output_differences
 from pipeline.normalise import bridge_alt_text, normalise, quantise
+
+from smslib import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -371,6 +375,15 @@ def test_nbval_refuses_a_notebook_without_outputs(nbval):
     assert "holds no output at all" in message
 
 
+def test_small_data_that_are_required_are_not_skipped():
+    refuse = nbval_plugin.refuse
+    refuse("a.ipynb", ["replogle2022", "papalexi2021"], {})
+    refuse("a.ipynb", ["replogle2022"], {"SMS_REQUIRE_DATA": "1"})
+    with pytest.raises(pytest.Collector.CollectError, match=r"a.ipynb: .* \['papalexi2021'\]"):
+        refuse("a.ipynb", ["replogle2022", "papalexi2021"], {"SMS_REQUIRE_DATA": "1"})
+    assert set(nbval_plugin.SMALL) <= sources.SOURCES.keys()
+
+
 def test_nbval_skips_a_notebook_whose_data_are_missing_and_says_why(nbval):
     outcome, message = nbval["without_data"]
     assert outcome == "skipped"
@@ -425,7 +438,10 @@ def test_a_notebook_runs_once_until_something_it_depends_on_changes(repository):
     ("changed", "same"),
     [
         ("smslib/model.py", False),
+        ("book/pipeline/pages.py", False),
         ("book/results/01_x.json", False),
+        ("book/results/.ipynb_checkpoints/01_x.json", True),
+        ("book/results/.01_x.json.tmp", True),
         ("notebooks/profiles/quick.yml", False),
         ("requirements.lock", False),
         ("notebooks/02_other.md", True),
@@ -435,6 +451,7 @@ def test_a_notebook_runs_once_until_something_it_depends_on_changes(repository):
 )
 def test_the_fingerprint_follows_exactly_what_a_notebook_depends_on(repository, changed, same):
     before = execute.fingerprint(page(repository))
+    (repository / changed).parent.mkdir(exist_ok=True)
     (repository / changed).write_text("changed")
     assert (execute.fingerprint(page(repository)) == before) == same
     assert execute.fingerprint(page(repository), ["data"]) != before
@@ -493,11 +510,65 @@ def test_relative_data_directories_are_seen_from_the_root_and_others_kept(reposi
     assert "SMS_DATA_DIR" not in execute.kernel_environment(repository, {})
 
 
+def test_notebooks_import_the_package_of_their_own_tree(repository):
+    alone = execute.kernel_environment(repository, {})["PYTHONPATH"]
+    beside = execute.kernel_environment(repository, {"PYTHONPATH": "book"})["PYTHONPATH"]
+    assert (alone, beside) == (str(repository), os.pathsep.join([str(repository), "book"]))
+    write(repository, code="import smslib\nprint(smslib.__file__)")
+    execute.execute_page(page(repository))
+    (said,) = pages.read_executed(page(repository).executed).cells[2].outputs
+    assert said.text.strip() == str(repository / "smslib" / "__init__.py")
+
+
+def test_a_page_edited_after_it_was_run_is_left_alone(repository):
+    said = []
+    execute.execute_all(repository, "quick", report=said.append)
+    source = write(repository, code="print('edited while the pages ran')")
+    edited = source.read_bytes()
+    said.clear()
+    assert refresh.refresh(repository, report=said.append) == []
+    assert source.read_bytes() == edited
+    assert said == ["01_page: changed since it was run, left alone; run `make notebooks` again"]
+
+
+def alive(process):
+    """Whether a process runs; one that ended and was not asked for its status does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def eventually(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.1)
+    return true()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to see processes in")
+def test_what_is_told_to_end_ends_its_notebooks(repository):
+    for name in ("01_page", "02_other", "03_waits"):
+        code = f"import time\nopen('{name}.pid', 'w').write(str(os.getpid()))\ntime.sleep(300)"
+        write(repository, name=name, code=f"import os\n{code}")
+    shutil.copytree(ROOT / "book/pipeline", repository / "book/pipeline", dirs_exist_ok=True)
+    command = [sys.executable, "-m", "pipeline", "execute"]
+    pids = [repository / "notebooks" / f"{name}.pid" for name in ("01_page", "02_other")]
+    with subprocess.Popen(command, cwd=repository / "book") as running:
+        assert eventually(lambda: all(path.exists() and path.read_text() for path in pids))
+        running.terminate()
+        assert running.wait(60) == 128 + signal.SIGTERM
+    kernels = [int(path.read_text()) for path in pids]
+    assert eventually(lambda: not any(map(alive, kernels)), seconds=10)
+    assert not (repository / "notebooks" / "03_waits.pid").exists()
+
+
 def test_refreshing_twice_changes_nothing_the_second_time(repository):
     execute.execute_all(repository, "quick", report=lambda line: None)
-    assert "01_page.ipynb" in refresh.refresh(repository)
+    assert "01_page.ipynb" in refresh.refresh(repository, report=pytest.fail)
     execute.execute_all(repository, "quick", report=lambda line: None, force=True)
-    assert refresh.refresh(repository) == []
+    assert refresh.refresh(repository, report=pytest.fail) == []
 
 
 # ------------------------------------------------------------------ staging and rendering
@@ -506,7 +577,7 @@ def test_refreshing_twice_changes_nothing_the_second_time(repository):
 def test_staging_copies_sources_shows_the_chosen_outputs_and_then_nothing(repository):
     target = repository / "_build/src"
     execute.execute_all(repository, "quick", report=lambda line: None)
-    refresh.refresh(repository)
+    refresh.refresh(repository, report=pytest.fail)
     assert {"notebooks/01_page.ipynb", "smslib/__init__.py", "build.json"} <= set(
         stage.stage(repository, target, "quick")
     )
@@ -530,16 +601,27 @@ def test_the_build_keeps_its_date_while_nothing_else_changes(repository):
     assert json.loads((target / "build.json").read_text())["date"] == info["date"]
 
 
-def test_git_state_tells_commit_and_changes(repository):
-    def git(*arguments):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        subprocess.run(
-            ["git", *identity, *arguments], cwd=repository, check=True, capture_output=True
-        )
+def commit_all(folder):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "x", "--allow-empty"]):
+        command = ["git", *identity, *arguments]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "x")
+
+with_git = pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+
+
+@with_git
+def test_a_tree_unpacked_in_another_repository_has_no_commit(tmp_path):
+    commit_all(tmp_path)
+    (tmp_path / "unpacked" / "smslib").mkdir(parents=True)
+    (tmp_path / "unpacked" / "smslib" / "__init__.py").touch()
+    assert stage.git_state(tmp_path / "unpacked") == {"commit": "unknown", "dirty": False}
+
+
+@with_git
+def test_git_state_tells_commit_and_changes(repository):
+    commit_all(repository)
     clean = stage.git_state(repository)
     write(repository, code="print('changed')")
     assert not clean["dirty"]
@@ -576,6 +658,46 @@ def test_a_book_is_rendered_once_and_never_with_a_warning(tmp_path, monkeypatch)
     render.render(source, tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("rendered again"))
     assert render.render(source, tmp_path) == index
+
+
+LINKED = {
+    "_config.yml": CONFIG + 'sphinx: {local_extensions: {own: "ext"}}\n',
+    "_toc.yml": "format: jb-book\nroot: index\nchapters: [{file: other}]\n",
+    "ext/own.py": "def setup(app):\n    app.connect('source-read', read)\n\n\n"
+    "def read(app, page, source):\n    source[0] = source[0].replace('WORD', 'first')\n",
+    "index.md": "# Title\n\nSee {ref}`its title <there>` and {ref}`there`, WORD.\n",
+    "other.md": "(there)=\n# Old name\n",
+}
+
+
+def test_rendered_again_a_page_follows_other_pages_and_the_extensions(tmp_path):
+    source = tmp_path / "src"
+
+    def rendered(**changed):
+        texts = {name: changed.get(Path(name).stem, text) for name, text in LINKED.items()}
+        files.mirror({name: text.encode() for name, text in texts.items()}, source)
+        return render.render(source, tmp_path).read_text()
+
+    assert "Old name" in (first := rendered())
+    assert "first" in first
+    again = rendered(other="(there)=\n# New name\n")
+    assert "Old name" not in again
+    assert "second" in rendered(own=LINKED["ext/own.py"].replace("first", "second"))
+    for _ in range(2):
+        with pytest.raises(render.RenderFailed, match="undefined label: 'there'"):
+            rendered(other="# Old name\n")
+
+
+def test_prose_does_not_have_every_page_read_again(tmp_path):
+    def shared(text):
+        (tmp_path / "page.md").write_text(text)
+        return render.shared_fingerprint(tmp_path)
+
+    plain = shared("# A\n\nprose\n")
+    assert shared("# A\n\nother prose\n") == plain
+    others = ["# B", "(a)=\n# A", "# A\n```{math}\n:label: a", "# A\n:::{glossary}\na"]
+    assert len({plain, *map(shared, others)}) == 5
+    assert shared("# A\n:::{glossary}\na") != shared("# A\n:::{glossary}\nb")
 
 
 def test_a_rendering_that_was_killed_near_its_end_is_made_anew(tmp_path):

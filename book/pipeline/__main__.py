@@ -1,8 +1,10 @@
 """Command line of the pipeline: ``python -m pipeline execute|refresh|html|links``."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.execute import NotebookFailed, execute_all
 from pipeline.links import BrokenLinks, check_links
@@ -24,7 +26,8 @@ def _execute(arguments: argparse.Namespace) -> None:
 
 def _refresh(arguments: argparse.Namespace) -> None:
     execute_all(ROOT, "quick", report=_say, require_data=True, force=arguments.force)
-    _say(f"refreshed: {', '.join(refresh(ROOT)) or 'nothing, all as committed'}")
+    changed = refresh(ROOT, report=_say)
+    _say(f"refreshed: {', '.join(changed) or 'nothing'}")
 
 
 def _html(arguments: argparse.Namespace) -> None:
@@ -64,5 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _terminated(*_: object) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    # Left alone, the signal would end this process and leave those that it started.
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())

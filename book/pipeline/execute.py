@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,9 @@ _CACHED = (
     "book/results/**/*",
     "book/pipeline/execute.py",
     "book/pipeline/normalise.py",
+    "book/pipeline/pages.py",
 )
+_RUNNING: set[subprocess.Popen] = set()  # papermill's processes, to be ended with this one
 
 
 class NotebookFailed(RuntimeError):
@@ -67,10 +69,14 @@ class Page:
 
 
 def kernel_environment(root: Path, base: dict[str, str]) -> dict[str, str]:
-    """Return the environment notebooks run in: one thread, absolute data path, fixed hashing."""
+    """Return the environment notebooks run in: one thread, absolute data path, fixed hashing.
+
+    The package is found at ``root``, whichever tree the environment was installed from.
+    """
+    path = os.pathsep.join(filter(None, [str(root), base.get("PYTHONPATH")]))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     data = {"SMS_DATA_DIR": str(root / base["SMS_DATA_DIR"])} if base.get("SMS_DATA_DIR") else {}
-    return {**base, **threads, **data, "PYTHONHASHSEED": "0"}
+    return {**base, **threads, **data, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
 
 
 def fingerprint(page: Page, missing: Iterable[str] = ()) -> str:
@@ -82,12 +88,18 @@ def fingerprint(page: Page, missing: Iterable[str] = ()) -> str:
     profile = page.root / "notebooks" / "profiles" / f"{page.profile}.yml"
     inputs = [page.source, profile, page.root / "requirements.lock"]
     for pattern in _CACHED:
-        inputs += sorted(path for path in page.root.glob(pattern) if path.is_file())
+        inputs += sorted(path for path in page.root.glob(pattern) if _counts(path, page.root))
     digest = hashlib.sha256(f"{platform.python_version()} {sorted(missing)}".encode())
     for path in filter(Path.is_file, inputs):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(f"\n{path.relative_to(page.root).as_posix()} {content}".encode())
     return digest.hexdigest()
+
+
+def _counts(path: Path, root: Path) -> bool:
+    """Whether a path is a file that a notebook can read, no editor's copy nor a draft."""
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return path.is_file() and not hidden
 
 
 def is_fresh(page: Page, print_: str) -> bool:
@@ -163,10 +175,25 @@ def execute_all(
         return _attempt(page, missing[page], report=report, force=force)
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        failures = [failure for failure in pool.map(work, todo) if failure]
+        started = [pool.submit(work, page) for page in todo]
+        try:
+            failures = [failure for run in started if (failure := run.result())]
+        except BaseException:  # told to stop: what was started stops, too
+            _stop(started)
+            raise
     if failures:
         raise NotebookFailed("\n\n".join(failures))
     return todo
+
+
+def _stop(started: Iterable[Future]) -> None:
+    """Begin nothing more, and end what runs; a process may be about to appear, so ask again."""
+    for run in started:
+        run.cancel()
+    while not all(run.done() for run in started):
+        for process in tuple(_RUNNING):
+            process.terminate()
+        time.sleep(0.1)
 
 
 def _attempt(
@@ -219,13 +246,18 @@ def _command(page: Page, given: Path, made: Path) -> list[str]:
 def _run_logged(command: list[str], page: Page, timeout: float) -> int | None:
     """Return the exit status, or None when the time was up."""
     environment = kernel_environment(page.root, dict(os.environ))
-    with page.log.open("wb") as log:
+    with (
+        page.log.open("wb") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
+    ):
+        _RUNNING.add(process)
         try:
-            return subprocess.run(
-                command, env=environment, stdout=log, stderr=log, timeout=timeout, check=False
-            ).returncode
+            return process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
+        finally:
+            process.kill()  # nothing, where it has ended
+            _RUNNING.discard(process)
 
 
 def _log(page: Page) -> str:

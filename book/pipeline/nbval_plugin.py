@@ -4,13 +4,14 @@ Loaded by the root ``conftest.py``; active with ``pytest --nbval``. Three things
 nbval alone. Outputs are compared by :mod:`pipeline.compare`, with the tolerance that a cell's
 ``nbval: {rtol: ..., atol: ...}`` metadata asks for. A code cell that was never executed, or a
 notebook with no output at all, fails instead of passing for want of anything to compare. A
-notebook that declares data which are not there is skipped and says so.
+notebook that declares data which are not there is skipped and says so; where ``SMS_REQUIRE_DATA``
+is set and the data are small, it is an error.
 """
 
 import os
 import tempfile
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from nbval.plugin import IPyNbCell, IPyNbFile
 from pipeline import pages
 from pipeline.compare import Tolerance, output_differences
 from pipeline.execute import kernel_environment
+
+# A few megabytes each, so that a machine with a network has no reason to be without them.
+SMALL = ("papalexi2021", "norman2019-mini", "replogle2022-gene-lists")
 
 
 def manager(**options: object) -> KernelManager:
@@ -49,6 +53,20 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Generator[
     ]
 
 
+def refuse(name: str, absent: list[str], environment: Mapping[str, str]) -> None:
+    """Fail a notebook whose small data are missing where they are said to be required.
+
+    Raises
+    ------
+    CollectError
+        With ``SMS_REQUIRE_DATA`` set: a green run would have compared nothing.
+    """
+    small = [source for source in absent if source in SMALL]
+    if small and environment.get("SMS_REQUIRE_DATA"):
+        message = f"{name}: SMS_REQUIRE_DATA is set, and {small} neither on disk nor downloadable"
+        raise pytest.Collector.CollectError(f"{message}; see SMS_DATA_DIR")
+
+
 def tolerance(cell_metadata: dict[str, Any]) -> Tolerance:
     """Read ``nbval: {rtol, atol}`` of a cell's metadata."""
     return Tolerance(**cell_metadata.get("nbval", {}))
@@ -61,6 +79,7 @@ class NotebookFile(IPyNbFile):
         """Yield one test per code cell."""
         cells = list(super().collect())
         absent = pages.missing_data(self.nb)
+        refuse(self.path.name, absent, os.environ)
         if not any(item.cell.outputs for item in cells):
             message = f"{self.path.name} holds no output at all: run `make notebooks`"
             raise self.CollectError(message)

@@ -1,5 +1,6 @@
 """Write the committed half of each pair from freshly executed copies."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jupytext
@@ -7,14 +8,22 @@ from jupytext.config import load_jupytext_config
 from nbformat import NotebookNode
 
 from pipeline import files, pages
-from pipeline.execute import Page
+from pipeline.execute import Page, fingerprint, is_fresh
 
 
-def refresh(root: Path) -> list[str]:
+def refresh(root: Path, *, report: Callable[[str], None]) -> list[str]:
     """Copy the quick profile's executed notebooks over the committed ones, where they differ.
 
     The texts are brought to the form that `jupytext --sync` gives them, so that a later sync
-    changes neither half.
+    changes neither half. A page that was edited after it was run is left alone: the executed copy
+    holds the text before the edit.
+
+    Parameters
+    ----------
+    root : Path
+        The repository.
+    report : callable
+        Gets one line per page left alone.
 
     Returns
     -------
@@ -24,6 +33,11 @@ def refresh(root: Path) -> list[str]:
     changed = []
     for source in pages.sources(root):
         page = Page(root, source, "quick")
+        if not is_fresh(page, fingerprint(page)):
+            report(
+                f"{source.stem}: changed since it was run, left alone; run `make notebooks` again"
+            )
+            continue
         executed = page.executed.read_bytes()
         text = canonical_text(pages.read_executed(page.executed), source)
         # The notebook last: a sync takes the newer half as the source.

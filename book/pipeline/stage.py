@@ -60,7 +60,12 @@ def stage(root: Path, folder: Path, profile: str | None) -> list[str]:
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """Return the commit checked out at ``root`` and whether the tree differs from it."""
+    """Return the commit checked out at ``root`` and whether the tree differs from it.
+
+    Git answers for the repository of any folder above, which may know nothing of this tree.
+    """
+    if not _git(root, "ls-files", "--error-unmatch", "smslib/__init__.py"):
+        return {"commit": "unknown", "dirty": False}
     commit = _git(root, "rev-parse", "--short=10", "HEAD") or "unknown"
     return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain"))}
 
