@@ -25,7 +25,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smslib import sources, untrusted
-from smslib.data import Design, refuse_missing, summed, why_not_counts
+from smslib.data import (
+    Design,
+    _checked_counts,
+    no_count,
+    refuse_missing,
+    summed,
+    why_not_counts,
+)
 from smslib.names import from_extra, unknown_names
 from smslib.sources import SOURCES, GeneLists, Source, available, data_dir, fetch, gene_lists
 
@@ -402,6 +409,45 @@ _READERS: Mapping[str, Callable[[Path], Any]] = {
 # --------------------------------------------------------------------------- quality control
 
 
+def counted(adata: AnnData, layer: str | None) -> np.ndarray | sparse.csr_matrix:
+    """Return the counts of a screen, checked; cells without a UMI may be among them.
+
+    Parameters
+    ----------
+    adata : AnnData, (n_cells, n_genes)
+    layer : str or None
+        Where they are; ``X`` if None.
+
+    Returns
+    -------
+    array or CSR, (n_cells, n_genes)
+        UMIs, repeated entries added up.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer.
+    ValueError
+        If ``adata`` is in a file, or `smslib.data.from_anndata` refuses the values.
+    """
+    from scipy import sparse
+
+    _refuse_backed(adata)
+    stored = adata.X if layer is None else adata.layers.get(layer)
+    values = stored.data if sparse.issparse(stored) else np.asarray(stored)
+    if values.dtype.kind not in "biuf" or no_count(values).any():
+        return _checked_counts(adata, layer)  # says what they are instead
+    return summed(sparse.csr_matrix(stored)) if sparse.issparse(stored) else values
+
+
+def _refuse_backed(adata: AnnData) -> None:
+    if adata.isbacked:
+        raise ValueError(
+            f"X is in the file {adata.filename}; read it into memory: adata.to_memory(), or cut "
+            "what you need of it with smslib.streaming.cut"
+        )
+
+
 def assign_guides(
     adata: AnnData, *, threshold: float = 0.8, min_umis: int = 1
 ) -> tuple[AnnData, pd.DataFrame]:
@@ -410,9 +456,10 @@ def assign_guides(
     Parameters
     ----------
     adata : AnnData
-        With ``obsm["guides"]`` (cells x guides, UMIs, sparse or dense) and
+        In memory, with ``obsm["guides"]`` (cells x guides, UMIs, sparse or dense) and
         ``uns["guide_target"]``, a row for each guide: by name, if the guides are a table with
-        names, else in the same order.
+        names, else in the same order. That is a table with a column ``target``, a Series, or, if
+        the guides have names, a dict of target by guide.
     threshold : float
         Smallest share of the cell's guide UMIs that its top guide must hold, in (0, 1].
     min_umis : int
@@ -432,8 +479,10 @@ def assign_guides(
         If the guide counts or their targets are missing; of guides without a target up to a
         hundred are listed.
     ValueError
-        If the threshold is not in (0, 1], or there are other numbers of guides and targets.
+        If the threshold is not in (0, 1], the values of the guides are no counts, there are other
+        numbers of guides and targets, or targets are given in another form.
     """
+    _refuse_backed(adata)
     if "guides" not in adata.obsm or "guide_target" not in adata.uns:
         raise KeyError(
             "adata has no obsm['guides'] or no uns['guide_target']; expected guide UMIs "
@@ -441,9 +490,10 @@ def assign_guides(
         )
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a share in (0, 1]")
+    target = _target_by_guide(adata.uns["guide_target"], adata.obsm["guides"])
     labelled = adata.copy()
-    labelled.obsm["guides"] = _guide_umis(adata.obsm["guides"], adata.uns["guide_target"].index)
-    labelled.obs = labelled.obs.assign(**_top_guides(labelled))
+    labelled.obsm["guides"] = _guide_umis(adata.obsm["guides"], target.index)
+    labelled.obs = labelled.obs.assign(**_top_guides(labelled.obsm["guides"], target))
     fewest = max(min_umis, 1)
     rules = (
         (f"at least {fewest} guide UMIs", lambda a: a[a.obs["guide_umis"] >= fewest]),
@@ -456,6 +506,28 @@ def assign_guides(
     return _filtered(labelled, rules, key="target")
 
 
+def _target_by_guide(given: Any, guides: Any) -> pd.Series:  # noqa: ANN401 (uns's, obsm's)
+    """Return each guide's target; whatever has no names is in the order of the guides."""
+    import pandas as pd
+
+    if isinstance(given, Mapping) and hasattr(guides, "columns"):
+        given = pd.Series({name: given.get(name) for name in guides.columns.astype(str)})
+    if isinstance(given, pd.DataFrame) and "target" in given:
+        given = given["target"]
+    if not isinstance(given, pd.Series):
+        raise ValueError(
+            f"uns['guide_target'] is a {type(given).__name__}; expected a table with a column "
+            "'target' and a row per guide, or a Series (a dict has no order that a file keeps: it "
+            "wants obsm['guides'] as a DataFrame with the guides' names)"
+        )
+    if given.isna().any():
+        raise KeyError(
+            f"guides {given.index[given.isna()][:100].tolist()} have no target in "
+            "uns['guide_target']; name one for each (controls: 'non-targeting')"
+        )
+    return given
+
+
 def _guide_umis(counts: Any, guides: pd.Index) -> sparse.csr_matrix:  # noqa: ANN401 (obsm's)
     """Return the UMIs of the guides, in their order."""
     from scipy import sparse
@@ -466,7 +538,13 @@ def _guide_umis(counts: Any, guides: pd.Index) -> sparse.csr_matrix:  # noqa: AN
             "expected a target for each guide and no others"
         )
     counts = _in_order(counts, guides) if hasattr(counts, "columns") else counts
-    return summed(sparse.csr_matrix(counts))
+    counts = summed(sparse.csr_matrix(counts))
+    if no_count(counts.data).any():
+        raise ValueError(
+            "obsm['guides'] holds values that are not counts; expected UMIs, of which the top "
+            f"guide has to hold a share. Noticed: {why_not_counts(counts)}"
+        )
+    return counts
 
 
 def _in_order(table: pd.DataFrame, guides: pd.Index) -> pd.DataFrame:
@@ -480,17 +558,18 @@ def _in_order(table: pd.DataFrame, guides: pd.Index) -> pd.DataFrame:
     raise KeyError(unknown)
 
 
-def _top_guides(adata: AnnData) -> dict[str, np.ndarray | pd.Categorical]:
+def _top_guides(
+    counts: sparse.csr_matrix, target: pd.Series
+) -> dict[str, np.ndarray | pd.Categorical]:
     """Return each cell's top guide, its target, its guide UMIs and the top guide's share."""
     import pandas as pd
 
-    counts, table = adata.obsm["guides"], adata.uns["guide_target"]
     top = np.asarray(counts.argmax(axis=1)).ravel()
     umis = np.asarray(counts.sum(axis=1)).ravel()
     most = counts.max(axis=1).toarray().ravel()
     return {
-        "guide": pd.Categorical(table.index.to_numpy()[top]),
-        "target": pd.Categorical(table["target"].to_numpy()[top]),
+        "guide": pd.Categorical(target.index.to_numpy()[top]),
+        "target": pd.Categorical(target.to_numpy()[top]),
         "guide_umis": umis,
         "guide_share": most / np.maximum(umis, 1),
     }
@@ -510,7 +589,8 @@ def filter_screen(
     min_cells: int = 1,
     min_detected: int = 1,
     key: str = "target",
-    control: str = CONTROL,
+    control: str | int = CONTROL,
+    layer: str | None = None,
 ) -> tuple[AnnData, pd.DataFrame]:
     """Drop genes seen too rarely, cells with too few UMIs, and targets with too few cells.
 
@@ -521,7 +601,7 @@ def filter_screen(
     Parameters
     ----------
     adata : AnnData, (n_cells, n_genes)
-        Raw UMIs.
+        Raw UMIs, in memory.
     min_umis : int
         Fewest UMIs of a cell over the genes kept; at least 1, as an empty cell tells nothing.
     min_cells : int
@@ -530,32 +610,37 @@ def filter_screen(
         Fewest cells in which a gene has a UMI.
     key : str
         Column of ``obs`` with the target or condition of each cell.
-    control : str
+    control : str or int
         The value of that column that marks the controls.
+    layer : str, optional
+        The layer that holds the UMIs; by default ``X``.
 
     Returns
     -------
     AnnData
-        What is kept.
+        What is kept, with all its layers.
     ledger : DataFrame
         One row per rule: cells, genes and targets (the control counts as one) before and after.
 
     Raises
     ------
     KeyError
-        If ``key`` is not a column of ``obs``.
+        If ``key`` is not a column of ``obs``, or ``layer`` does not exist.
     ValueError
-        If the control is absent, or nothing but controls is left.
+        If the control is absent, nothing but controls is left, the values are no counts, or
+        ``adata`` is in a file.
     """
+    control = str(control)
     _check_labels(adata, key, control)
+    counted(adata, layer)
     fewest = max(min_umis, 1)
     rules = (
         *_rule_of_labels(adata, key),
         (
             f"gene detected in at least {min_detected} cells",
-            lambda a: a[:, np.asarray((summed(a.X) > 0).sum(axis=0)).ravel() >= min_detected],
+            lambda a: a[:, _detected(_matrix(a, layer)) >= min_detected],
         ),
-        (f"at least {fewest} UMIs", lambda a: a[_library(a) >= fewest]),
+        (f"at least {fewest} UMIs", lambda a: a[_library(_matrix(a, layer)) >= fewest]),
         (
             f"target has at least {min_cells} cells",
             lambda a: a[_often_enough(a.obs[key].astype(str), min_cells, control)],
@@ -578,17 +663,25 @@ def _rule_of_labels(
     return (("cell is labelled", lambda a: a[a.obs[key].notna().to_numpy()]),)
 
 
-def summarise(adata: AnnData, *, key: str = "target", control: str = CONTROL) -> pd.DataFrame:
+def summarise(
+    adata: AnnData,
+    *,
+    key: str = "target",
+    control: str | int = CONTROL,
+    layer: str | None = None,
+) -> pd.DataFrame:
     """Return per-target quality: cells, depth, clarity of the guide call, effect on the target.
 
     Parameters
     ----------
     adata : AnnData, (n_cells, n_genes)
-        Raw UMIs, labelled in ``obs[key]``.
+        Raw UMIs, in memory, labelled in ``obs[key]``.
     key : str
         Column of ``obs`` with the target or condition of each cell.
-    control : str
+    control : str or int
         The value of that column that marks the controls.
+    layer : str, optional
+        The layer that holds the UMIs; by default ``X``.
 
     Returns
     -------
@@ -603,16 +696,19 @@ def summarise(adata: AnnData, *, key: str = "target", control: str = CONTROL) ->
     Raises
     ------
     KeyError
-        If ``key`` is not a column of ``obs``.
+        If ``key`` is not a column of ``obs``, or ``layer`` does not exist.
     ValueError
-        If the control is absent, or labels are missing.
+        If the control is absent, labels are missing, the values are no counts, or ``adata`` is in
+        a file.
     """
     import pandas as pd
 
+    control = str(control)
     _check_labels(adata, key, control)
     refuse_missing(adata, key)
-    obs = adata.obs.assign(_umis=_library(adata), **{key: adata.obs[key].astype(str)})
-    groups = obs.groupby(key)
+    counts, labels = counted(adata, layer), adata.obs[key].astype(str).to_numpy()
+    obs = adata.obs.assign(_umis=_library(counts))
+    groups = obs.groupby(labels)  # by the array, as the index may have the column's name, too
     share = groups["guide_share"] if "guide_share" in obs else None
     frame = pd.DataFrame(
         {
@@ -620,7 +716,7 @@ def summarise(adata: AnnData, *, key: str = "target", control: str = CONTROL) ->
             "median_umis": groups["_umis"].median(),
             "guides": groups["guide"].nunique() if "guide" in obs else np.nan,
             "median_guide_share": share.median() if share is not None else np.nan,
-            "own_gene_ratio": _own_gene_ratio(adata, obs[key], control),
+            "own_gene_ratio": _own_gene_ratio(counts, adata.var_names, labels, control),
         }
     ).sort_values(["cells"], ascending=False, kind="stable")
     return frame.loc[[control, *frame.index.drop(control)]]
@@ -644,9 +740,18 @@ def _check_labels(adata: AnnData, key: str, control: str) -> None:
         )
 
 
-def _library(adata: AnnData) -> Float[np.ndarray, " cell"]:
+def _matrix(adata: AnnData, layer: str | None) -> np.ndarray | sparse.spmatrix:
+    return adata.X if layer is None else adata.layers[layer]
+
+
+def _detected(counts: np.ndarray | sparse.spmatrix) -> Int[np.ndarray, " gene"]:
+    """Return in how many cells each gene has a UMI."""
+    return np.asarray((summed(counts) > 0).sum(axis=0)).ravel()
+
+
+def _library(counts: np.ndarray | sparse.spmatrix) -> Float[np.ndarray, " cell"]:
     """Return each cell's UMIs over the genes present."""
-    return np.asarray(adata.X.sum(axis=1), dtype=float).ravel()
+    return np.asarray(counts.sum(axis=1), dtype=float).ravel()
 
 
 def _often_enough(labels: pd.Series, fewest: int, control: str) -> Bool[np.ndarray, " cell"]:
@@ -654,14 +759,18 @@ def _often_enough(labels: pd.Series, fewest: int, control: str) -> Bool[np.ndarr
     return ((cells >= fewest) | (labels == control)).to_numpy()
 
 
-def _own_gene_ratio(adata: AnnData, labels: pd.Series, control: str) -> dict[str, float]:
+def _own_gene_ratio(
+    counts: np.ndarray | sparse.csr_matrix, genes: pd.Index, labels: np.ndarray, control: str
+) -> dict[str, float]:
     """Return, for each label, its own gene's share of UMIs relative to the controls'."""
-    measured = set(adata.var_names)
-    library, is_control = _library(adata), (labels == control).to_numpy()
-    ratio = dict.fromkeys(labels.unique(), np.nan)
-    for target in measured.intersection(ratio):
-        umis = np.asarray(adata[:, target].X.sum(axis=1)).ravel()
-        own = (labels == target).to_numpy()
+    from scipy import sparse
+
+    library, is_control = _library(counts), labels == control
+    columns = sparse.csc_matrix(counts)  # genes are looked up one by one
+    ratio = dict.fromkeys(np.unique(labels), np.nan)
+    for target in set(genes).intersection(ratio):
+        umis = np.asarray(columns[:, np.flatnonzero(genes == target)].sum(axis=1)).ravel()
+        own = labels == target
         background = umis[is_control].sum() / library[is_control].sum()
         if background > 0:
             ratio[target] = umis[own].sum() / library[own].sum() / background
@@ -842,6 +951,11 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="cut this file of the source's schema (a copy, a look-alike) instead of fetching",
     )
+    parser.add_argument(
+        "--key",
+        metavar="COLUMN",
+        help="column of obs with the labels, if the file has another than the source",
+    )
     parser.set_defaults(run=_prepare)
 
 
@@ -865,6 +979,8 @@ def _prepare(options: argparse.Namespace) -> str:
         if source.recipe != "replogle":
             raise ValueError(f"--controls does not apply to {source.name}, which keeps them all")
         extra["controls"] = options.controls
+    if options.key is not None:
+        extra["key"] = options.key
     if source.recipe == "replogle":
         extra["lists"] = gene_lists()
     from smslib import prepare  # here, as it builds on this module

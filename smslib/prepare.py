@@ -26,13 +26,14 @@ from jaxtyping import Bool, Float
 from smslib import streaming
 from smslib.data import refuse_missing, summed
 from smslib.names import from_extra, unknown_names
-from smslib.perturbseq import CONTROL, summarise
+from smslib.perturbseq import CONTROL, counted, summarise
 from smslib.sources import TABLE_9
 
 if TYPE_CHECKING:
     import h5py
     import pandas as pd
     from anndata import AnnData
+    from scipy import sparse
 
 __all__ = [
     "Lists",
@@ -93,7 +94,9 @@ def _labels(
     found = next((name for name in ([key] if key else candidates) if name in known), None)
     if found is None:
         wanted = [key] if key else candidates
-        raise KeyError(f"{unknown_names('column of obs', wanted, known)}; pass key=")
+        raise KeyError(
+            f"{unknown_names('column of obs', wanted, known)}; pass key= (--key COLUMN)"
+        )
     values = pd.Series(streaming.column(file["obs"], found), dtype="category")
     return found, pd.Categorical(values.cat.rename_categories(values.cat.categories.astype(str)))
 
@@ -298,7 +301,7 @@ def _drawn(
     if number != 0 and control is None:
         raise ValueError(
             f"controls={number!r}, but no cell is labelled {' or '.join(map(repr, _CONTROLS))}; "
-            "the labels are other ones (pass key=), or the file has no controls (pass 0)"
+            "the labels are other ones (pass key=, or --key), or the file has no controls (pass 0)"
         )
     number = len(there) if number == "all" else number
     if not 0 <= number <= len(there):
@@ -485,7 +488,8 @@ def _check_has_control(target: np.ndarray, labels: pd.Categorical, key: str) -> 
     if CONTROL not in target:
         raise ValueError(
             f"no cell of obs[{key!r}] is a control; its labels begin with "
-            f"{labels.categories[:5].tolist()}, expected some 'control' or 'NegCtrl...'; pass key="
+            f"{labels.categories[:5].tolist()}, expected some 'control' or 'NegCtrl...'; pass "
+            "key= (--key COLUMN)"
         )
 
 
@@ -623,8 +627,9 @@ def most_different(
     n: int = _HELD_OUT,
     *,
     key: str = "target",
-    control: str = CONTROL,
+    control: str | int = CONTROL,
     seed: int = 0,
+    layer: str | None = None,
 ) -> tuple[str, ...]:
     """Return the interventions farthest from the controls: those that the paper holds out.
 
@@ -634,7 +639,7 @@ def most_different(
         Raw UMIs.
     n : int
         How many.
-    key, control, seed
+    key, control, seed, layer
         As in `distance_to_control`.
 
     Returns
@@ -649,7 +654,7 @@ def most_different(
     KeyError
         As in `distance_to_control`.
     """
-    distance = distance_to_control(adata, key=key, control=control, seed=seed)
+    distance = distance_to_control(adata, key=key, control=control, seed=seed, layer=layer)
     if not 0 < n <= len(distance):
         raise ValueError(f"n is {n}, but there are {len(distance)} interventions; lower n")
     return tuple(distance.index[:n])
@@ -659,10 +664,11 @@ def distance_to_control(
     adata: AnnData,
     *,
     key: str = "target",
-    control: str = CONTROL,
+    control: str | int = CONTROL,
     seed: int = 0,
     components: int = 50,
     most_cells: int = 1000,
+    layer: str | None = None,
 ) -> pd.Series:
     """Return each condition's squared MMD to the controls, linear kernel, on principal components.
 
@@ -673,10 +679,10 @@ def distance_to_control(
     Parameters
     ----------
     adata : AnnData, (n_cells, n_genes)
-        Raw UMIs; log1p of counts per 10,000 is decomposed.
+        Raw UMIs, in memory; log1p of counts per 10,000 is decomposed.
     key : str
         Column of ``obs`` with each cell's condition.
-    control : str
+    control : str or int
         The value of that column that marks the controls.
     seed : int
         Of the draw of cells.
@@ -684,6 +690,8 @@ def distance_to_control(
         Principal components; fewer if there are not as many cells or genes.
     most_cells : int
         Cells of a condition, and controls, that enter at most.
+    layer : str, optional
+        The layer that holds the UMIs; by default ``X``.
 
     Returns
     -------
@@ -693,14 +701,16 @@ def distance_to_control(
     Raises
     ------
     KeyError
-        If ``key`` is not a column of ``obs``.
+        If ``key`` is not a column of ``obs``, or ``layer`` does not exist.
     ValueError
-        If the control is absent, or labels are missing.
+        If the control is absent, labels are missing, the values are no counts, or ``adata`` is in
+        a file.
     """
     import pandas as pd
 
+    control = str(control)
     labels = _checked_labels(adata, key, control)
-    scores = _principal_components(adata, components)
+    scores = _principal_components(counted(adata, layer), components)
     rng = np.random.default_rng(seed)
     means = {}
     for name in sorted(set(labels)):
@@ -725,13 +735,15 @@ def _checked_labels(adata: AnnData, key: str, control: str) -> np.ndarray:
     return labels
 
 
-def _principal_components(adata: AnnData, number: int) -> Float[np.ndarray, "cell component"]:
+def _principal_components(
+    counts: np.ndarray | sparse.csr_matrix, number: int
+) -> Float[np.ndarray, "cell component"]:
     from anndata import AnnData
 
     with from_extra("data"):
         import scanpy
 
-    work = AnnData(adata.X.astype(np.float32))
+    work = AnnData(counts.astype(np.float32))
     scanpy.pp.normalize_total(work, target_sum=1e4)
     scanpy.pp.log1p(work)
     scanpy.pp.pca(work, n_comps=min(number, min(work.shape) - 1), svd_solver="arpack")
@@ -742,7 +754,12 @@ def _principal_components(adata: AnnData, number: int) -> Float[np.ndarray, "cel
 
 
 def quality(
-    adata: AnnData, *, key: str = "target", control: str = CONTROL, batch: str | None = None
+    adata: AnnData,
+    *,
+    key: str = "target",
+    control: str | int = CONTROL,
+    batch: str | None = None,
+    layer: str | None = None,
 ) -> pd.DataFrame:
     """Return what tells a good condition from a bad one, condition by condition.
 
@@ -752,14 +769,16 @@ def quality(
     Parameters
     ----------
     adata : AnnData, (n_cells, n_genes)
-        Raw UMIs, sparse or dense.
+        Raw UMIs, sparse or dense, in memory.
     key : str
         Column of ``obs`` with the target or condition of each cell.
-    control : str
+    control : str or int
         The value of that column that marks the controls.
     batch : str, optional
         Column of ``obs`` with the batch; by default the first of ``gem_group``, ``gemgroup``,
         ``batch``, ``replicate`` and ``bio_rep``.
+    layer : str, optional
+        The layer that holds the UMIs; by default ``X``.
 
     Returns
     -------
@@ -778,17 +797,20 @@ def quality(
     Raises
     ------
     KeyError
-        If a column is missing.
+        If a column is missing, or ``layer`` does not exist.
     ValueError
-        If the control is absent, or labels are missing.
+        If the control is absent, labels are missing, the values are no counts, or ``adata`` is in
+        a file.
     """
     from anndata import AnnData
     from scipy import sparse
 
+    control = str(control)
     labels = _checked_labels(adata, key, control)
+    frame = summarise(adata, key=key, control=control, layer=layer)
     # Genes are looked up one by one, which takes CSC.
-    light = AnnData(X=summed(sparse.csc_matrix(adata.X)), obs=adata.obs, var=adata.var[[]])
-    frame = summarise(light, key=key, control=control)
+    counts = sparse.csc_matrix(counted(adata, layer))
+    light = AnnData(X=counts, obs=adata.obs, var=adata.var[[]])
     groups = adata.obs.assign(
         median_genes=np.asarray((light.X > 0).sum(axis=1)).ravel(),
         mitochondrial=_mitochondrial(light),

@@ -490,6 +490,43 @@ def test_assignment_refuses_what_it_cannot_use():
         perturbseq.assign_guides(guided(CALLS), threshold=80.0)
 
 
+@pytest.mark.parametrize("value", [np.log1p(3), -1, np.nan])
+def test_guides_that_are_no_umis_are_refused(value):
+    with pytest.raises(
+        ValueError, match=r"obsm\['guides'\] holds .*expected UMIs.* Noticed: 1 of"
+    ):
+        perturbseq.assign_guides(guided([[9, 1, 0], [value, 8, 2]]))
+
+
+def test_a_guide_without_a_target_is_named():
+    adata = guided(CALLS)
+    adata.uns["guide_target"].loc["Ag1", "target"] = np.nan
+    with pytest.raises(KeyError, match=r"guides \['Ag1'\] have no target"):
+        perturbseq.assign_guides(adata)
+
+
+def test_targets_of_guides_may_be_a_series_or_by_name_a_dict():
+    adata = guided(CALLS)
+    expected, _ = perturbseq.assign_guides(adata, min_umis=4)
+    series = adata.uns["guide_target"]["target"]
+    adata.uns["guide_target"] = series
+    pd.testing.assert_frame_equal(perturbseq.assign_guides(adata, min_umis=4)[0].obs, expected.obs)
+    adata.uns["guide_target"] = dict(sorted(series.items()))  # the order in which a file keeps it
+    with pytest.raises(ValueError, match="is a dict; expected a table .* 'target'.*names"):
+        perturbseq.assign_guides(adata)
+    table = pd.DataFrame(CALLS, index=adata.obs_names, columns=series.index)
+    adata.obsm["guides"] = table
+    pd.testing.assert_frame_equal(perturbseq.assign_guides(adata, min_umis=4)[0].obs, expected.obs)
+    del adata.uns["guide_target"]["Bg1"]
+    with pytest.raises(KeyError, match=r"guides \['Bg1'\] have no target"):
+        perturbseq.assign_guides(adata)
+    adata.uns["guide_target"] = series.to_frame("gene")
+    with pytest.raises(
+        ValueError, match="is a DataFrame; expected a table with a column 'target'"
+    ):
+        perturbseq.assign_guides(adata)
+
+
 def labelled(genes, targets) -> anndata.AnnData:
     adata = guided(np.eye(3, dtype=int)[[0] * len(targets)], genes)
     adata.obs["target"] = pd.Categorical(targets)
@@ -570,6 +607,71 @@ def test_guides_called_without_their_umis_have_no_share():
 def test_a_gene_that_controls_lack_has_no_ratio():
     adata = labelled([[0, 4], [3, 1]], ["non-targeting", "A"])
     assert perturbseq.summarise(adata)["own_gene_ratio"].isna().all()
+
+
+@pytest.fixture
+def normalised():
+    """Logarithms in X, counts in a layer; the last cell is empty."""
+    genes = [[4, 4], [2, 6], [1, 9], [1, 9], [1, 3], [0, 0]]
+    adata = labelled(genes, ["non-targeting", "non-targeting", "A", "A", "B", "B"])
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.log1p()
+    return adata
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+def test_counts_in_a_layer_are_filtered_and_summarised(normalised, form):
+    normalised.layers["counts"] = form(normalised.layers["counts"].toarray())
+    raw = normalised.copy()
+    raw.X = raw.layers["counts"]
+    kept, ledger = perturbseq.filter_screen(normalised, min_umis=5, layer="counts")
+    expected, same = perturbseq.filter_screen(raw, min_umis=5)
+    pd.testing.assert_frame_equal(kept.obs, expected.obs)
+    assert kept.obs_names.tolist() == ["cell0", "cell1", "cell2", "cell3"]
+    pd.testing.assert_frame_equal(ledger, same)
+    np.testing.assert_array_equal(kept.X.toarray(), normalised.X[:4].toarray())
+    table = perturbseq.summarise(normalised, layer="counts")
+    pd.testing.assert_frame_equal(table, perturbseq.summarise(raw))
+    np.testing.assert_allclose(table.loc["A", "own_gene_ratio"], (2 / 20) / (6 / 16))
+
+
+@pytest.mark.parametrize("function", [perturbseq.filter_screen, perturbseq.summarise])
+def test_what_is_no_counts_is_neither_filtered_nor_summarised(normalised, function, tmp_path):
+    with pytest.raises(ValueError, match=r"adata\.X holds .*raw counts.*\['counts'\]"):
+        function(normalised)
+    with pytest.raises(KeyError, match="layer 'count' is not in .*nearest known: .'counts'"):
+        function(normalised, layer="count")
+    normalised.X = None
+    with pytest.raises(ValueError, match=r"adata\.X is empty; pass layer=, one of \['counts'\]"):
+        function(normalised)
+    normalised.X = normalised.layers["counts"].astype(float)
+    normalised.X[2, 1] = np.nan
+    with pytest.raises(ValueError, match="X holds nan for cell 'cell2', gene 'ACTB'"):
+        function(normalised)
+
+
+@pytest.mark.parametrize(
+    "function", [perturbseq.filter_screen, perturbseq.summarise, perturbseq.assign_guides]
+)
+def test_a_screen_in_a_file_is_to_be_read_first(function, tmp_path):
+    adata = labelled([[4, 4], [2, 6]], ["non-targeting", "A"])
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "screen.h5ad", backed="r")
+    with pytest.raises(
+        ValueError, match=r"X is in the file .*screen.h5ad; .*adata\.to_memory\(\)"
+    ):
+        function(backed)
+    function(backed.to_memory())
+
+
+def test_the_control_may_be_a_number_and_the_index_named_as_the_labels():
+    adata = labelled([[4, 4], [2, 6], [1, 9]], [0, 1, 1])
+    named = adata.copy()
+    named.obs.index.name = "target"
+    table = perturbseq.summarise(adata, control=0)
+    assert table.index.tolist() == ["0", "1"]
+    pd.testing.assert_frame_equal(perturbseq.summarise(named, control="0"), table)
+    assert perturbseq.filter_screen(named, control=0)[0].n_obs == 3
 
 
 # ------------------------------------------------------------------ gene sets and hold-outs
@@ -677,6 +779,7 @@ def recipes(tmp_path, monkeypatch):
             {"lists": "the lists", "out": None, "controls": "all"},
         ),
         (["pairs"], "norman", {"out": None}),
+        (["pairs", "--key", "label"], "norman", {"out": None, "key": "label"}),
     ],
 )
 def test_prepare_fetches_and_cuts(recipes, tmp_path, capsys, arguments, called, options):

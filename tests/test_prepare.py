@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -213,7 +214,7 @@ def test_unknown_targets_and_genes_are_all_listed_with_the_nearest(tmp_path):
 
 def test_a_missing_label_column_is_answered_with_the_nearest(tmp_path):
     path, *_ = simulated(tmp_path)
-    with pytest.raises(KeyError, match="'genes'; nearest known: .*'gene'.*pass key="):
+    with pytest.raises(KeyError, match="'genes'; nearest known: .*'gene'.*pass key= .--key COL"):
         prepare.replogle(path, lists=LISTS, key="genes")
     screen = anndata.read_h5ad(path)
     screen.obs = screen.obs.rename(columns={"gene": "perturbed"})
@@ -550,6 +551,35 @@ def test_quality_of_a_dense_screen_is_that_of_a_sparse_one():
     pd.testing.assert_frame_equal(table, prepare.quality(screen))
     assert table["ambiguous"].tolist() == [1, 1, 1]
     assert isinstance(dense.X, np.ndarray)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [prepare.quality, prepare.distance_to_control, partial(prepare.most_different, n=1)],
+)
+def test_counts_are_wanted_and_may_lie_in_a_layer(function, tmp_path):
+    screen = labelled_screen()
+    expected = function(screen)
+    screen.layers["counts"], screen.X = screen.X, screen.X.log1p()
+    np.testing.assert_equal(np.array(function(screen, layer="counts")), np.array(expected))
+    with pytest.raises(ValueError, match=r"adata\.X holds 2\.39.*raw counts.*\['counts'\]"):
+        function(screen)
+    screen.X = None
+    with pytest.raises(ValueError, match=r"adata\.X is empty; pass layer="):
+        function(screen)
+    screen.X = screen.layers["counts"]
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    with pytest.raises(ValueError, match="in the file .*to_memory"):
+        function(anndata.read_h5ad(tmp_path / "screen.h5ad", backed="r"))
+
+
+def test_quality_of_labels_that_are_numbers_or_the_names_of_the_index():
+    screen = labelled_screen()
+    screen.obs["target"] = np.repeat([0, 1, 2], [6, 4, 2])
+    screen.obs.index.name = "target"
+    table = prepare.quality(screen, control=0)
+    assert table["cells"].to_dict() == {"0": 6, "1": 4, "2": 2}
+    assert set(prepare.most_different(screen, 2, control=0)) == {"1", "2"}
 
 
 def test_quality_of_guides_called_without_their_umis():
