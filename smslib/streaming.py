@@ -27,6 +27,7 @@ from jaxtyping import Bool, Int, Integer
 
 from smslib import files, untrusted
 from smslib.data import summed, why_not_counts
+from smslib.names import nearest_known
 
 if TYPE_CHECKING:
     import h5py
@@ -68,6 +69,7 @@ def cut(
     obs: pd.DataFrame | None = None,
     var: pd.DataFrame | None = None,
     uns: Mapping[str, Any] | None = None,
+    layer: str | None = None,
     block: int = BLOCK,
 ) -> Path:
     """Copy the chosen cells and genes of an .h5ad file into a new one, block by block.
@@ -80,8 +82,8 @@ def cut(
     Parameters
     ----------
     path : path
-        ``X`` holds raw UMIs: dense (contiguous or in compressed chunks), CSR or CSC, of any
-        numeric type. Layers, ``obsm`` and the like are left behind.
+        ``X``, or a layer, holds raw UMIs: dense (contiguous or in compressed chunks), CSR or CSC,
+        of any numeric type. The other matrices, ``obsm`` and the like are left behind.
     cells, genes : array
         Boolean masks, or positions in the file in ascending order.
     out : path
@@ -91,6 +93,8 @@ def cut(
         Annotations of the chosen cells and genes; by default the source's.
     uns : mapping, optional
         Unstructured annotations. ``uns["simulated"]`` of the source is always passed on.
+    layer : str, optional
+        The layer to cut; by default ``X``. It becomes ``X`` of the result.
     block : int
         Bytes of the source read at a time. Memory is up to about ten times that.
 
@@ -105,9 +109,12 @@ def cut(
         If there is no source.
     FileExistsError
         If ``out`` exists.
+    KeyError
+        If there is no such layer; the nearest are listed.
     ValueError
-        If the source is damaged or no .h5ad; a choice is empty, out of order or out of range; an
-        annotation has another length; or a value is not a count (it is said how that shows).
+        If the source is damaged or no .h5ad; a choice is neither mask nor positions, empty, out
+        of order or out of range; an annotation has another length; or a value is not a count (it
+        is said how that shows).
     OSError
         If the disk is full, or will be, or does not keep what is written.
 
@@ -117,9 +124,10 @@ def cut(
     the others then find that it exists.
     """
     path, out = Path(path), absent(out)
-    with opened(path) as file:
+    with opened(path, needs_x=layer is None) as file:
+        matrix = file["X"] if layer is None else _stored_layer(file, layer)
         with _damage_explained(path):
-            layout = _layout(file, path, block)
+            layout = _layout(matrix, block)
         rows = _positions(cells, layout.shape[0], "cells")
         columns = _positions(genes, layout.shape[1], "genes")
         obs = _annotation(obs, file["obs"], rows, "obs")
@@ -129,7 +137,7 @@ def cut(
         _check_room(out, layout, plan)
         with (
             _full_disk_explained(out),
-            _parts(out, fingerprint(path, rows, columns, block)) as at,
+            _parts(out, fingerprint(path, rows, columns, block, layer)) as at,
         ):
             _write_parts(at, layout, plan, path=path, label=out.name)
             with files.whole(out, folder=at) as draft:
@@ -147,7 +155,7 @@ def absent(out: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
+def opened(path: Path, *, needs_x: bool = True) -> Iterator[h5py.File]:
     """Open an .h5ad file, refusing whatever is not one."""
     import h5py
 
@@ -163,18 +171,35 @@ def opened(path: Path) -> Iterator[h5py.File]:
     with file:
         with _damage_explained(path):
             untrusted.check_hdf5(file)
-        missing = [name for name in ("X", "obs", "var") if name not in file]
+        needed = ("X", "obs", "var") if needs_x else ("obs", "var")
+        missing = [name for name in needed if name not in file]
         if missing:
             raise ValueError(
                 f"{path} has no {missing}, but {sorted(file)}; expected an .h5ad as anndata "
-                "writes it"
+                f"writes it{_said_of(_layers(file))}"
             )
         if any(not isinstance(file[name], h5py.Group) for name in ("obs", "var")):
             raise ValueError(
-                f"{path} keeps obs and var in the form of anndata before 0.7; read it with an old "
-                "anndata and write it again"
+                f"{path} keeps obs and var in the form of anndata before 0.7; write it again: "
+                "smslib.perturbseq.read_h5ad(path).write_h5ad(another_path)"
             )
         yield file
+
+
+def _layers(file: h5py.File) -> list[str]:
+    layers = file.get("layers")
+    return sorted(layers) if isinstance(layers, Mapping) else []
+
+
+def _said_of(layers: Sequence[str]) -> str:
+    return f". It has layers {layers}: streaming.cut(layer=) takes one" if layers else ""
+
+
+def _stored_layer(file: h5py.File, layer: str) -> h5py.Dataset | h5py.Group:
+    layers = _layers(file)
+    if layer not in layers:
+        raise KeyError(f"layer {layer!r} is not in {file.filename}{nearest_known(layer, layers)}")
+    return file["layers"][layer]
 
 
 @contextlib.contextmanager
@@ -194,6 +219,12 @@ def _damage_explained(path: str | os.PathLike[str]) -> Iterator[None]:
 def _positions(chosen: np.ndarray, size: int, what: str) -> Int[np.ndarray, " chosen"]:
     """Return positions of what is chosen, checked."""
     chosen = np.asarray(chosen)
+    if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "biu"):
+        raise ValueError(
+            f"{what} has shape {chosen.shape} and holds values of type {chosen.dtype}; expected a "
+            "boolean mask or positions in the file (integers), such as np.isin(names, wanted) or "
+            "np.asarray(mask, dtype=bool)"
+        )
     if chosen.dtype == bool:
         if len(chosen) != size:
             raise ValueError(f"{what} is a mask of {len(chosen):,}, but the file has {size:,}")
@@ -302,8 +333,9 @@ def simulated(file: h5py.File) -> dict[str, Any]:
 
 @runtime_checkable
 class _Layout(Protocol):
-    """How ``X`` lies in the file: in which tiles to read it, and how to read one."""
+    """How a matrix lies in the file: in which tiles to read it, and how to read one."""
 
+    x: h5py.Dataset | h5py.Group
     shape: tuple[int, int]
     density: float
 
@@ -325,20 +357,24 @@ class _Tile:
     genes: slice
 
 
-def _layout(file: h5py.File, path: Path, block: int) -> _Layout:
-    """Recognise how ``X`` is stored."""
+def _layout(x: h5py.Dataset | h5py.Group, block: int) -> _Layout:
+    """Recognise how a matrix is stored."""
     import h5py
 
-    x = file["X"]
     if isinstance(x, h5py.Dataset) and x.ndim == 2 and x.dtype.kind in "fiub":
         return _Dense(x, block)
     kind = _text(x.attrs.get("encoding-type", x.attrs.get("h5sparse_format", "")))
     if kind.removesuffix("_matrix") in ("csr", "csc"):
         return _Compressed(x, block, by_cell=kind.startswith("csr"))
     raise ValueError(
-        f"{path}: X is stored as {kind or type(x).__name__!r}; expected numbers, dense with two "
+        f"{_place(x)} is stored as {kind or type(x).__name__!r}; expected numbers, dense with two "
         "axes, CSR or CSC. Write it again with anndata"
     )
+
+
+def _place(x: h5py.Dataset | h5py.Group) -> str:
+    """Say where a matrix lies: file, and ``X`` or ``layers/counts``."""
+    return f"{x.file.filename}: {x.name.removeprefix('/')}"
 
 
 class _Dense:
@@ -399,7 +435,7 @@ class _Compressed:
 
     def __init__(self, x: h5py.Group, block: int, *, by_cell: bool) -> None:
         shape = x.attrs.get("shape", x.attrs.get("h5sparse_shape"))
-        self.shape = (int(shape[0]), int(shape[1]))
+        self.x, self.shape = x, (int(shape[0]), int(shape[1]))
         self.values, self.indices = x["data"], x["indices"]
         self.indptr = x["indptr"][...].astype(np.int64)  # entries times bytes go beyond 32 bits
         self.block, self.by_cell = block, by_cell
@@ -470,7 +506,7 @@ def row_blocks(path: Path, *, block: int = BLOCK) -> Iterator[sparse.csr_matrix]
         If the file is not CSR.
     """
     with opened(path) as file:
-        layout = _layout(file, path, block)
+        layout = _layout(file["X"], block)
         if not isinstance(layout, _Compressed) or not layout.by_cell:
             raise ValueError(f"{path}: X is not CSR; pass a file that streaming.cut wrote")
         cells, genes = map(np.arange, layout.shape)
@@ -551,10 +587,14 @@ class _Plan:
         ]
 
 
-def fingerprint(path: Path, cells: np.ndarray, genes: np.ndarray, block: int) -> dict[str, Any]:
+def fingerprint(
+    path: Path, cells: np.ndarray, genes: np.ndarray, block: int, layer: str | None = None
+) -> dict[str, Any]:
     """Describe a cut so that parts of another one are never taken for its own."""
     stat = path.stat()
+    of_layer = {} if layer is None else {"layer": layer}
     return {
+        **of_layer,
         "format": _FORMAT,
         "bytes": stat.st_size,
         "changed": stat.st_mtime_ns,
@@ -645,7 +685,7 @@ def _write_part(part: Path, layout: _Layout, plan: _Plan, tile: _Tile, path: Pat
             f"{path} cannot be read between cells {cells[0]:,} and {cells[-1]:,} ({error}); the "
             "file is damaged: fetch it again"
         ) from error
-    block.data = _counted(block, cells, genes, path)
+    block.data = _counted(block, cells, genes, layout.x)
     arrays = {"summary": np.zeros((len(plan.bands), 3), dtype=np.int64)}
     for number, band in plan.within(tile).items():
         rows = block[band.start - tile.cells.start : band.stop - tile.cells.start]
@@ -660,7 +700,10 @@ def _write_part(part: Path, layout: _Layout, plan: _Plan, tile: _Tile, path: Pat
 
 
 def _counted(
-    block: sparse.csr_matrix, cells: np.ndarray, genes: np.ndarray, path: Path
+    block: sparse.csr_matrix,
+    cells: np.ndarray,
+    genes: np.ndarray,
+    x: h5py.Dataset | h5py.Group,
 ) -> Integer[np.ndarray, " entry"]:
     """Return the values as the smallest unsigned integers that hold them, or refuse."""
     values = block.data
@@ -671,7 +714,7 @@ def _counted(
         counts = values.astype(kind)
     wrong = (counts != values) | (values < 0)
     if wrong.any():
-        raise ValueError(_not_counts(block, wrong, cells, genes, path))
+        raise ValueError(_not_counts(block, wrong, cells, genes, x))
     return counts
 
 
@@ -680,7 +723,7 @@ def _not_counts(
     wrong: Bool[np.ndarray, " entry"],
     cells: np.ndarray,
     genes: np.ndarray,
-    path: Path,
+    x: h5py.Dataset | h5py.Group,
 ) -> str:
     """Say which value is no count, and what the values look like."""
     values, first = block.data, int(wrong.argmax())
@@ -696,8 +739,9 @@ def _not_counts(
     else:
         guess = "some are large fractions, as after normalising each cell's total"
     return (
-        f"{path}: X holds {values[first]} for {where}. Noticed: {why_not_counts(block)}; {guess}. "
-        "Expected raw UMIs (non-negative whole numbers): take the raw file"
+        f"{_place(x)} holds {values[first]} for {where}. Noticed: {why_not_counts(block)}; "
+        f"{guess}. Expected raw UMIs (non-negative whole numbers): take the raw file"
+        f"{_said_of([name for name in _layers(x.file) if name != x.name.split('/')[-1]])}"
     )
 
 

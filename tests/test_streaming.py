@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from smslib import streaming
+from smslib import perturbseq, streaming
 
 LAYOUTS = ("contiguous", "gzip", "columns", "csr", "csr-gzip", "csc", "csc-gzip")
 
@@ -158,7 +158,7 @@ def test_runs_are_found_beyond_32_bits(tmp_path):
         for name in ("data", "indices"):
             x.create_dataset(name, 4 * n, np.int32, chunks=(1024,))
         x["indptr"] = np.arange(5, dtype=np.int32) * np.int32(n)
-        layout = streaming._layout(file, tmp_path, streaming.BLOCK)
+        layout = streaming._layout(x, streaming.BLOCK)
         assert layout._runs(np.array([0, 1, 3])) == [slice(0, 1), slice(1, 2), slice(2, 3)]
         assert len(layout.tiles(np.arange(4), np.arange(2))) == 4
 
@@ -514,7 +514,20 @@ def test_an_ancient_file_is_refused(tmp_path, source):
     with h5py.File(source, "r+") as file:
         del file["obs"]
         file["obs"] = np.zeros(50, dtype=[("index", "S3")])
-    refused(source, ValueError, "before 0.7; read it with an old anndata")
+    refused(source, ValueError, r"before 0.7; write it again: .*read_h5ad\(path\)\.write_h5ad\(")
+
+
+@pytest.mark.filterwarnings("ignore:.*was written with")
+def test_an_ancient_file_can_be_written_again_and_cut(tmp_path):
+    with h5py.File(tmp_path / "old.h5ad", "w") as file:
+        file["X"] = counts(5, 2)
+        file["obs"] = np.array([(b"c%d" % n,) for n in range(5)], dtype=[("index", "S3")])
+        file["var"] = np.array([(b"g0",), (b"g1",)], dtype=[("index", "S3")])
+    perturbseq.read_h5ad(tmp_path / "old.h5ad").write_h5ad(tmp_path / "new.h5ad")
+    chosen = {"cells": np.array([1, 3]), "genes": np.arange(2), "out": tmp_path / "out.h5ad"}
+    kept = read(streaming.cut(tmp_path / "new.h5ad", **chosen))
+    np.testing.assert_array_equal(kept.X.toarray(), counts(5, 2)[[1, 3]])
+    assert kept.obs_names.tolist() == ["c1", "c3"]
 
 
 @pytest.mark.parametrize("wrong", ["text", "vector", "coo"])
@@ -554,6 +567,11 @@ def test_an_existing_file_is_not_overwritten(tmp_path, source):
         ({"genes": np.array([3, 3])}, "not ascending"),
         ({"cells": np.array([-1, 4])}, "not ascending positions below 50"),
         ({"cells": np.array([4, 50])}, "not ascending positions below 50"),
+        ({"cells": np.array([0.0, 1.5, 3.0])}, "cells has .* type float64; expected a boolean m"),
+        ({"cells": np.ones(50, dtype=object)}, r"type object; .*np.asarray\(mask, dtype=bool\)"),
+        ({"genes": np.array(["g0", "g3"])}, "type <U2; .* or positions .*np.isin"),
+        ({"genes": np.ones((1, 12), dtype=bool)}, r"genes has shape \(1, 12\)"),
+        ({"genes": np.array([])}, "no genes are chosen of the 12"),
         ({"obs": pd.DataFrame(index=["a"])}, "obs has 1 rows for 50 chosen"),
         ({"var": pd.DataFrame(index=["a"])}, "var has 1 rows for 12 chosen"),
     ],
@@ -595,6 +613,39 @@ def test_the_first_value_that_is_no_count_is_placed(tmp_path):
     )
     chosen = {"cells": np.arange(20, 50), "genes": np.array([2, 7])}
     refused(path, ValueError, "X holds 0.5 for cell 31, gene 7 ", **chosen)
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+@pytest.mark.parametrize("with_x", [True, False])
+def test_counts_in_a_layer_are_cut(tmp_path, form, with_x):
+    x = counts(50, 12)
+    screen = anndata.AnnData(np.log1p(x) if with_x else None, layers={"counts": form(x)})
+    path = tmp_path / "source.h5ad"
+    screen.write_h5ad(path)
+    chosen = {"cells": np.array([0, 3, 44]), "genes": np.array([2, 3]), "block": 99}
+    missing = r"X holds [01]\.\d+ .* take the raw file" if with_x else r"has no \['X'\]"
+    refused(path, ValueError, rf"{missing}.*It has layers \['counts'\]: .*layer=", block=99)
+    refused(path, KeyError, "layer 'count' is not in .*; nearest known: .'counts'", layer="count")
+    out = streaming.cut(path, **chosen, layer="counts", out=tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(read(out).X.toarray(), x[[0, 3, 44]][:, [2, 3]])
+    assert not read(out).layers
+
+
+def test_a_layer_without_counts_is_named(tmp_path):
+    x = counts(50, 12)
+    path = tmp_path / "source.h5ad"
+    anndata.AnnData(x, layers={"log": np.log1p(x), "raw": x}).write_h5ad(path)
+    refused(path, ValueError, r"source.h5ad: layers/log holds .*layers \['raw'\]", layer="log")
+
+
+def test_parts_of_another_layer_are_not_used(tmp_path, monkeypatch):
+    x = counts(50, 12)
+    path, out = tmp_path / "source.h5ad", tmp_path / "out.h5ad"
+    anndata.AnnData(x, layers={"twice": 2 * x}).write_h5ad(path)
+    interrupted(path, out, monkeypatch, 2)
+    chosen = {"cells": np.arange(50), "genes": np.arange(12), "block": 100}
+    streaming.cut(path, **chosen, layer="twice", out=out)
+    np.testing.assert_array_equal(read(out).X.toarray(), 2 * x)
 
 
 def test_row_blocks_want_csr(source):
