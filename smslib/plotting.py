@@ -601,12 +601,12 @@ def densities(
 
 
 @style()
-def shifts(shift: Real[np.ndarray, "target latent"], *, ax: Axes | None = None) -> Axes:
+def shifts(shift: ArrayLike, *, ax: Axes | None = None) -> Axes:
     """Draw signed shifts as a heatmap, zero in white.
 
     Parameters
     ----------
-    shift : array, (n_targets, n_latent)
+    shift : array or DataFrame, (n_targets, n_latent)
         Prior standard deviations.
     ax : Axes, optional
 
@@ -616,10 +616,9 @@ def shifts(shift: Real[np.ndarray, "target latent"], *, ax: Axes | None = None) 
         Targets along x, latents along y.
     """
     ax = _axes(ax)
+    shift = np.asarray(shift)
     largest = float(np.abs(shift).max())
-    image = ax.imshow(
-        np.asarray(shift).T, vmin=-largest, vmax=largest, cmap="RdBu_r", aspect="auto"
-    )
+    image = ax.imshow(shift.T, vmin=-largest, vmax=largest, cmap="RdBu_r", aspect="auto")
     ax.figure.colorbar(image, ax=ax, label="shift (prior s.d.)")
     ax.set(xlabel="target", ylabel="latent")
     ax.yaxis.get_major_locator().set_params(integer=True)
@@ -629,7 +628,7 @@ def shifts(shift: Real[np.ndarray, "target latent"], *, ax: Axes | None = None) 
 
 @style()
 def programs(
-    weights: Real[np.ndarray, "latent gene"],
+    weights: ArrayLike,
     *,
     genes: Sequence[str],
     latents: Sequence[object] | None = None,
@@ -640,7 +639,7 @@ def programs(
 
     Parameters
     ----------
-    weights : array, (n_latent, n_genes)
+    weights : array or DataFrame, (n_latent, n_genes)
         Of the genes to be shown, such as the strongest of each latent.
     genes : sequence of str, length n_genes
     latents : sequence, length n_latent, optional
@@ -655,9 +654,10 @@ def programs(
         Genes top to bottom, latents along x.
     """
     ax = _axes(ax)
+    weights = np.asarray(weights, dtype=float)
     largest = float(np.abs(weights).max()) or 1.0
     colours = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r", "aspect": "auto"}
-    image = ax.imshow(np.asarray(weights, dtype=float).T, **colours)
+    image = ax.imshow(weights.T, **colours)
     ax.figure.colorbar(image, ax=ax, label=label)
     names = range(len(weights)) if latents is None else latents
     ax.set_xticks(range(len(weights)), [str(name) for name in names])

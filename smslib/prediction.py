@@ -20,10 +20,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from smslib import metrics, perturbseq, screens, store, sweep
-from smslib.data import Cells, Design, from_anndata, split_cells
+from smslib.data import (
+    Cells,
+    Design,
+    from_anndata,
+    no_count,
+    split_cells,
+    why_not_counts,
+)
 from smslib.model import SMSVAE
 from smslib.names import nearest_known
 from smslib.priors import METHODS
@@ -237,8 +245,8 @@ def _place(target: str, condition: str, known: Design) -> int:
 
 
 def effects(
-    counts: Float[np.ndarray, ...],
-    condition: Int[np.ndarray, ...],
+    counts: ArrayLike | Tensor,
+    condition: ArrayLike | Tensor,
     *,
     n_conditions: int | None = None,
     library: float = 1e4,
@@ -247,9 +255,9 @@ def effects(
 
     Parameters
     ----------
-    counts : array, (n_cells, n_genes)
-        UMIs; a cell without any is refused.
-    condition : array of int, (n_cells,)
+    counts : array or Tensor, (n_cells, n_genes)
+        UMIs, dense; a cell without any is refused.
+    condition : array or Tensor of int, (n_cells,)
         0 is the control.
     n_conditions : int, optional
         The largest condition plus one by default.
@@ -266,9 +274,11 @@ def effects(
     Raises
     ------
     ValueError
-        If the shapes disagree, a cell has no UMIs, a condition is out of range, or there is no
-        control.
+        If the shapes disagree, values are no counts, a cell has no UMIs, a condition is out of
+        range, or there is no control.
     """
+    counts, condition = _dense(counts, "counts"), _dense(condition, "condition")
+    _refuse_other_than_counts(counts)
     n_conditions = _checked_conditions(counts, condition, n_conditions)
     normalised = library * counts / counts.sum(1, keepdims=True, dtype=float)
     empty = np.full(counts.shape[1], np.nan)
@@ -280,6 +290,24 @@ def effects(
         variance.append(_standard_error(part) ** 2 if len(mine) > 1 else empty)
     level, variance = np.stack(level), np.stack(variance)
     return Effects(level - level[0], np.sqrt(variance + variance[0]))
+
+
+def _dense(values: Any, what: str) -> np.ndarray:  # noqa: ANN401 (array, tensor, ...)
+    if hasattr(values, "toarray"):
+        raise ValueError(
+            f"{what} is a {type(values).__name__}; expected a dense array: {what}.toarray()"
+        )
+    return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+
+
+def _refuse_other_than_counts(counts: np.ndarray) -> None:
+    if counts.dtype.kind not in "biuf":
+        raise ValueError(f"counts hold values of type {counts.dtype}; expected UMIs")
+    if no_count(counts).any():
+        raise ValueError(
+            "counts hold values that are not counts; expected UMIs (non-negative integers), not "
+            f"normalised: that is done here. Noticed: {why_not_counts(counts)}"
+        )
 
 
 def _checked_conditions(

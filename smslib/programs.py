@@ -15,7 +15,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -397,6 +397,11 @@ def _averaged(
 
 
 def _checked_genes(model: SMSVAE, cells: Cells, genes: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(genes, Set):
+        raise ValueError(
+            f"genes is a {type(genes).__name__}, which has no order; expected a sequence in the "
+            "order of the columns, such as adata.var_names"
+        )
     if len(cells) == 0 or len(genes) != model.n_genes or cells.n_genes != model.n_genes:
         raise ValueError(
             f"got {len(cells)} cells of {cells.n_genes} genes and {len(genes)} names; expected at "
@@ -569,7 +574,7 @@ def enrich(
 
 
 def enrich_targets(
-    gates: Real[np.ndarray, "target latent"],
+    gates: ArrayLike,
     targets: Sequence[str],
     groups: Sets,
     *,
@@ -579,7 +584,7 @@ def enrich_targets(
 
     Parameters
     ----------
-    gates : array, (n_targets, n_latent)
+    gates : array or DataFrame, (n_targets, n_latent)
         Probabilities that a gate is open.
     targets : sequence of str, length n_targets
     groups : dict of str to targets
@@ -602,6 +607,7 @@ def enrich_targets(
     """
     import pandas as pd
 
+    gates = np.asarray(gates)
     _check_rows(gates, targets)
     member = {name: np.isin(targets, list(genes)) for name, genes in groups.items()}
     member = {name: rows for name, rows in member.items() if rows.any()}

@@ -197,7 +197,22 @@ def replicate_correlation(
     codes : array, (n_cells, n_latent)
         Of control cells, so that no perturbation is mistaken for a replicate.
     replicate : array of str, (n_cells,)
+
+    Raises
+    ------
+    ValueError
+        If cells have no replicate, or there are fewer than two.
     """
+    import pandas as pd
+
+    replicate = np.asarray(replicate)
+    missing = pd.isna(replicate)
+    if missing.any() or len(set(replicate.tolist())) < 2:
+        raise ValueError(
+            f"{int(missing.sum())} of {len(replicate)} cells have no replicate, the others are of "
+            f"{np.unique(replicate[~missing]).tolist()[:5]}; expected two or more, one for each "
+            "cell: of a single one nothing can be told"
+        )
     member = np.stack([replicate == name for name in np.unique(replicate)], 1)
     return np.abs(metrics.correlations(codes, member.astype(float))).max(1)
 

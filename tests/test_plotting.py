@@ -6,6 +6,7 @@ import sys
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgb
@@ -327,6 +328,13 @@ def test_shifts_are_white_at_zero():
     assert np.asarray(image.get_array()).tolist() == shift.T.tolist()
     assert image.get_clim() == (-3, 3)
     assert min(image.cmap(image.norm(0.0))[:3]) > 0.95
+
+
+def test_shifts_and_programs_may_be_tables():
+    table = pd.DataFrame([[0.0, -2.0], [1.0, 3.0]], index=["A", "B"])
+    for ax in (plotting.shifts(table), plotting.programs(table, genes=["g", "h"])):
+        (image,) = ax.get_images()
+        np.testing.assert_array_equal(image.get_array(), table.to_numpy().T)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import sparse, stats
 from scipy.spatial import distance
 from sklearn.decomposition import PCA
 from sklearn.metrics import r2_score
@@ -280,6 +281,28 @@ def test_the_standard_error_of_effects_is_that_of_new_cells():
 def test_cells_without_effects_are_refused(counts, condition, n_conditions, message):
     with pytest.raises(ValueError, match=message):
         effects(counts, condition, n_conditions=n_conditions)
+
+
+def test_effects_of_tensors_are_those_of_arrays():
+    counts, condition = np.array([[1.0, 1.0], [3.0, 1.0], [2.0, 0.0]]), np.array([0, 0, 1])
+    found = effects(torch.from_numpy(counts), torch.from_numpy(condition), n_conditions=2)
+    for one, other in zip(found, effects(counts, condition), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (np.log1p([[1.0, 2.0], [3.0, 1.0]]), "4 of 4 stored values are no counts"),
+        (np.array([[1.0, np.nan], [3.0, 1.0]]), "1 of 4 stored values are no counts"),
+        (sparse.csr_matrix(np.eye(2)), r"expected a dense array: counts\.toarray\(\)"),
+        (np.array([["1", "2"]] * 2), "values of type <U1; expected UMIs"),
+    ],
+)
+def test_effects_are_those_of_counts(monkeypatch, counts, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
+    with pytest.raises(ValueError, match=message):
+        effects(counts, np.array([0, 1]))
 
 
 # ---------------------------------------------------------------- baselines

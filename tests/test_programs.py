@@ -11,6 +11,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -209,6 +210,12 @@ def test_genes_have_to_be_the_models(read, odd):
 def test_gene_names_differ():
     with pytest.raises(ValueError, match=r"genes repeat: \['G0'\]; .*var_names_make_unique"):
         programs.jacobian(make_model(), make_cells(), genes=[*GENES[:-1], "G0"])
+
+
+def test_genes_have_an_order(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
+    with pytest.raises(ValueError, match="genes is a set, .* no order; expected a seq"):
+        programs.jacobian(make_model(), make_cells(), genes=set(GENES))
 
 
 # ---------------------------------------------------------------- Programs
@@ -518,6 +525,14 @@ def test_what_is_open_is_a_matter_of_the_threshold():
     tell = {"targets": list("abcd"), "groups": {"ab": ["a", "b"]}}
     assert programs.enrich_targets(gates, **tell)["n_open"].item() == 0
     assert programs.enrich_targets(gates, **tell, threshold=0.3)["n_shared"].item() == 2
+
+
+def test_gates_may_be_a_table():
+    gates = pd.DataFrame([[0.9, 0.1], [0.2, 0.8], [0.7, 0.6]], index=list("abc"))
+    groups = {"ab": ["a", "b"]}
+    found = programs.enrich_targets(gates, list(gates.index), groups)
+    expected = programs.enrich_targets(gates.to_numpy(), list("abc"), groups)
+    pd.testing.assert_frame_equal(found, expected)
 
 
 def test_targets_and_groups_have_to_fit():

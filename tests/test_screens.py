@@ -69,6 +69,18 @@ def test_replicate_correlation_by_hand():
     np.testing.assert_allclose(found, [1.0, np.sqrt(1 / 3)], atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("replicate", "message"),
+    [
+        (["x", "x", "x"], r"\['x'\]; expected two or more"),
+        (["x", None, "y"], "1 of 3 cells have no"),
+    ],
+)
+def test_a_replicate_has_to_differ_from_another(replicate, message):
+    with pytest.raises(ValueError, match=message):
+        screens.replicate_correlation(np.eye(3), np.array(replicate))
+
+
 def test_left_out_target_moves_to_the_end_and_keeps_its_cells():
     design = Design.single_target(["a", "b", "c"])
     cells = Cells(torch.arange(8.0).reshape(8, 1), torch.tensor([0, 1, 2, 3, 3, 2, 1, 0]))
@@ -160,7 +172,7 @@ def test_a_short_fit_keeps_the_recipe_and_shortens_its_schedule(monkeypatch):
     assert len(used["validation"]) == 20
     assert model.newton
     assert config.encoder_share < 1
-    assert model.prior.gate.alpha == 1.0  # one target
+    assert model.prior.gate.alpha == 2.0  # of one target, too: at 1 gates stay open
 
 
 @pytest.mark.parametrize(
