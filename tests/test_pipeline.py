@@ -514,6 +514,7 @@ def test_notebooks_import_the_package_of_their_own_tree(repository):
     alone = execute.kernel_environment(repository, {})["PYTHONPATH"]
     beside = execute.kernel_environment(repository, {"PYTHONPATH": "book"})["PYTHONPATH"]
     assert (alone, beside) == (str(repository), os.pathsep.join([str(repository), "book"]))
+    assert execute.kernel_environment(repository, {"PYTHONPATH": beside})["PYTHONPATH"] == beside
     write(repository, code="import smslib\nprint(smslib.__file__)")
     execute.execute_page(page(repository))
     (said,) = pages.read_executed(page(repository).executed).cells[2].outputs
@@ -556,9 +557,12 @@ def test_what_is_told_to_end_ends_its_notebooks(repository):
     command = [sys.executable, "-m", "pipeline", "execute"]
     pids = [repository / "notebooks" / f"{name}.pid" for name in ("01_page", "02_other")]
     with subprocess.Popen(command, cwd=repository / "book") as running:
-        assert eventually(lambda: all(path.exists() and path.read_text() for path in pids))
-        running.terminate()
-        assert running.wait(60) == 128 + signal.SIGTERM
+        try:
+            assert eventually(lambda: all(path.exists() and path.read_text() for path in pids))
+            running.terminate()
+            assert running.wait(60) == 128 + signal.SIGTERM
+        finally:
+            running.kill()  # nothing, where it has ended
     kernels = [int(path.read_text()) for path in pids]
     assert eventually(lambda: not any(map(alive, kernels)), seconds=10)
     assert not (repository / "notebooks" / "03_waits.pid").exists()

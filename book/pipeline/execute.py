@@ -73,7 +73,8 @@ def kernel_environment(root: Path, base: dict[str, str]) -> dict[str, str]:
 
     The package is found at ``root``, whichever tree the environment was installed from.
     """
-    path = os.pathsep.join(filter(None, [str(root), base.get("PYTHONPATH")]))
+    others = filter(None, base.get("PYTHONPATH", "").split(os.pathsep))
+    path = os.pathsep.join(dict.fromkeys([str(root), *others]))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     data = {"SMS_DATA_DIR": str(root / base["SMS_DATA_DIR"])} if base.get("SMS_DATA_DIR") else {}
     return {**base, **threads, **data, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
