@@ -637,6 +637,32 @@ def refuse_missing(adata: anndata.AnnData, key: str) -> None:
 def _checked_counts(
     adata: anndata.AnnData, layer: str | None
 ) -> np.ndarray | scipy.sparse.csr_matrix:
+    counts = raw_counts(adata, layer)
+    _check_sizes(counts, adata, layer)
+    return counts
+
+
+def raw_counts(adata: anndata.AnnData, layer: str | None) -> np.ndarray | scipy.sparse.csr_matrix:
+    """Return the counts in memory, checked; cells without a UMI may be among them.
+
+    Parameters
+    ----------
+    adata : AnnData, (n_cells, n_genes)
+    layer : str or None
+        Where they are; ``X`` if None.
+
+    Returns
+    -------
+    array or CSR, (n_cells, n_genes)
+        Repeated entries are added up.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer.
+    ValueError
+        If `from_anndata` refuses the values.
+    """
     counts = summed(_counts(adata, layer))
     _check_counts(counts, adata, layer)
     return counts
@@ -689,7 +715,7 @@ def _check_counts(
 ) -> None:
     """Raise a ValueError that names the first entry which is not a count."""
     values = counts if isinstance(counts, np.ndarray) else counts.data
-    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    where = _place(layer)
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{where} holds values of type {values.dtype}; expected real numbers")
     bad = no_count(values)
@@ -701,9 +727,20 @@ def _check_counts(
             f"{adata.var_names[gene]!r}; expected raw counts (non-negative integers). Noticed: "
             f"{why_not_counts(counts)}. {_elsewhere(adata, others)}"
         )
-    if values.max(initial=0) > LARGEST_COUNT:
+
+
+def _place(layer: str | None) -> str:
+    return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+
+
+def _check_sizes(
+    counts: np.ndarray | scipy.sparse.csr_matrix, adata: anndata.AnnData, layer: str | None
+) -> None:
+    """Raise a ValueError for a count too large for single precision, or a cell without any."""
+    largest = (counts if isinstance(counts, np.ndarray) else counts.data).max(initial=0)
+    if largest > LARGEST_COUNT:
         raise ValueError(
-            f"{where} holds {values.max():.8g}; expected counts up to {LARGEST_COUNT:,}, which "
+            f"{_place(layer)} holds {largest:.8g}; expected counts up to {LARGEST_COUNT:,}, which "
             "single precision holds exactly"
         )
     empty = np.asarray(counts.sum(1)).ravel() == 0

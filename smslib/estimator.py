@@ -122,7 +122,7 @@ class SMS:
         self._stand(adata, cells.to(chosen_device(device)), setup, tuple(adata.var_names))
         self.history: History | None = None
         self._seed, self._trained_on = int(seed), self._digest()
-        train = self._cells[self._rows()[0]]
+        train = self._cells[self._split()[0]]
         self.module, self._config = recipes.build(
             train,
             design,
@@ -447,6 +447,9 @@ class SMS:
                 "adata holds other cells, in another order or under other labels, than those that "
                 "the model was made for; load it in front of those, or make a new model"
             )
+        return self._split()
+
+    def _split(self) -> tuple[Int[torch.Tensor, " cell"], ...]:
         rows = split_rows(self._cells.condition, (0.9, 0.1), seed=self._seed)
         if not len(rows[1]):
             raise ValueError(

@@ -27,8 +27,8 @@ from torch import Tensor
 from smslib import sources, untrusted
 from smslib.data import (
     Design,
-    _checked_counts,
     no_count,
+    raw_counts,
     refuse_missing,
     summed,
     why_not_counts,
@@ -430,14 +430,8 @@ def counted(adata: AnnData, layer: str | None) -> np.ndarray | sparse.csr_matrix
     ValueError
         If ``adata`` is in a file, or `smslib.data.from_anndata` refuses the values.
     """
-    from scipy import sparse
-
     _refuse_backed(adata)
-    stored = adata.X if layer is None else adata.layers.get(layer)
-    values = stored.data if sparse.issparse(stored) else np.asarray(stored)
-    if values.dtype.kind not in "biuf" or no_count(values).any():
-        return _checked_counts(adata, layer)  # says what they are instead
-    return summed(sparse.csr_matrix(stored)) if sparse.issparse(stored) else values
+    return raw_counts(adata, layer)
 
 
 def _refuse_backed(adata: AnnData) -> None:

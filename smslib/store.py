@@ -333,9 +333,11 @@ def _surroundings(device: str) -> dict[str, Any]:
     """Describe code, software and machine."""
     import torch
 
+    # That a folder above is a repository is not enough: it may be someone else's.
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ":(top,glob)**/*.py")),
+        "commit": _git("rev-parse", "HEAD") if tracked else None,
+        "dirty": tracked and bool(_git("status", "--porcelain", "--", ":(top,glob)**/*.py")),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "numpy")},
         "smslib": __version__,  # the installed one may be another
@@ -355,17 +357,12 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Ask git about the repository that tracks this file; None where there is none.
-
-    That a folder above is a repository is not enough: it may be someone else's.
-    """
-    here = Path(__file__)
-    for question in (("ls-files", "--error-unmatch", here.name), arguments):
-        command = ["git", "-C", str(here.parent), *question]
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
+    """Ask git about the repository that this package lies in; None where it has no answer."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
     return answer.stdout.strip()
 
 

@@ -382,10 +382,9 @@ def _adapt_by_gradient(
     for module in (model.decoder if drift else model).modules():
         if isinstance(module, nn.BatchNorm1d):
             module.momentum = 0.0
-    model.prior.slab.mean.requires_grad_(True)
-    released = TrainConfig(learning_rate=5e-3, schedule="constant", warmup_epochs=0)
-    mean = model.prior.slab.mean
+    mean = model.prior.slab.mean.requires_grad_(True)
     known = mean[:n_known].detach().clone()
+    released = TrainConfig(learning_rate=5e-3, schedule="constant", warmup_epochs=0)
     fit(model, cells, config or released)
     with torch.no_grad():  # weight decay moves these, too, and so do cells of known conditions
         mean[:n_known] = known
