@@ -115,6 +115,7 @@ INVARIANT = {
 VALUES = {"Matching", "DCI", "Calibration", "Interval", "Paired", "PairedSigns"}
 # Of seeds, of tests, of any list of items: not of latents.
 OF_SEEDS = {"interval", "paired", "paired_signs", "holm", "average_precision", "cosine"}
+OF_NOTHING = {"chance_mcc"}
 # The lasso is solved to a part in a million of the variance, the rest to rounding.
 TOLERANCE = {"dci": 1e-3}
 CASES = [(name, change) for name, (_, changes) in INVARIANT.items() for change in changes]
@@ -122,7 +123,7 @@ CASES = [(name, change) for name, (_, changes) in INVARIANT.items() for change i
 
 def test_every_public_metric_is_in_the_registry():
     registered = {name.split(",")[0] for name in INVARIANT}
-    assert registered == set(metrics.__all__) - VALUES - OF_SEEDS
+    assert registered == set(metrics.__all__) - VALUES - OF_SEEDS - OF_NOTHING
 
 
 @pytest.mark.parametrize(("name", "change"), CASES)
@@ -643,6 +644,22 @@ def test_pairwise_mcc_is_the_mcc_of_every_pair(method):
     np.testing.assert_allclose(metrics.pairwise_mcc(codes, method=method), expected)
 
 
+def test_chance_is_the_mcc_of_a_random_rotation():
+    # Two latents: max(|cos t|, |sin t|), whose mean over t is 2 sqrt(2) / pi.
+    two = metrics.chance_mcc(2, n_draws=20_000)
+    assert ((two >= np.sqrt(0.5)) & (two <= 1)).all()
+    np.testing.assert_allclose(two.mean(), 2 * np.sqrt(2) / np.pi, atol=0.003)
+    assert (metrics.chance_mcc(1, n_draws=3) == 1).all()
+
+
+def test_chance_is_the_mcc_of_rotated_cells():
+    z = np.random.default_rng(0).standard_normal((4000, 5))
+    turns = stats.ortho_group.rvs(5, size=60, random_state=1)
+    counted = np.mean([metrics.mcc(z, z @ turn) for turn in turns])
+    drawn = metrics.chance_mcc(5)
+    np.testing.assert_allclose(drawn.mean(), counted, atol=4 * drawn.std() / np.sqrt(60))
+
+
 # ---------------------------------------------------------------- intervals over seeds
 
 SCORES = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
@@ -784,6 +801,7 @@ Z = np.ones((4, 2)) * np.arange(4)[:, None]
         (lambda: metrics.out_of_fold(Z, Z, folds=5), r"folds=5; expected a number from 2 to 4"),
         (lambda: metrics.dci(Z, Z, alpha=0.0), r"alpha=0.0; expected a positive penalty"),
         (lambda: metrics.udr([Z]), "codes holds 1 models; expected at least 2"),
+        (lambda: metrics.chance_mcc(0), "n_latent is 0 and n_draws 10000; expected at least one"),
         (lambda: metrics.pairwise_mcc([Z, Z[:0]]), r"codes\[1\] has shape \(0, 2\); expected"),
         (
             lambda: unchecked(metrics.udr)([Z, Z[:3]]),
