@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from smslib import ceilings, controls, metrics, recipes, simulate, store, sweep, transfer
+from smslib import ceilings, controls, gauge, metrics, recipes, simulate, store, sweep, transfer
 from smslib.data import Cells, Design, first_of_each, split_cells
 from smslib.distributions import kl_to_shifted_normal
 from smslib.evaluate import by_condition, elbo, iwelbo, latents
@@ -41,6 +41,7 @@ __all__ = [
     "latent_scores",
     "recover",
     "summarise",
+    "turned_scores",
 ]
 
 # An arm is a way to do the whole experiment: simulator, recipe and transfer step.
@@ -80,7 +81,8 @@ def recover(config: Config) -> dict[str, float | int]:
         `smslib.simulate.Mechanism`), ``violation`` (of `smslib.simulate.Violation`),
         ``normaliser``, ``with_replacement``; of the fit:
         ``init_seed``, ``sparsity``, ``beta``, ``max_epochs``, ``changes`` (of
-        `smslib.recipes.CHANGES`), ``transfer``.
+        `smslib.recipes.CHANGES`), ``transfer``; of the scores: ``axes``, which is ``"sparsest"``
+        for `turned_scores` as well.
 
     Returns
     -------
@@ -92,7 +94,7 @@ def recover(config: Config) -> dict[str, float | int]:
     screen = _screen(plan)
     trained = _trained(screen)
     if plan["method"] in CONTROLS:
-        return _control(plan["method"], screen, trained, seed=plan["seed"])
+        return _control(plan, screen, trained)
     return _model(plan, screen, trained)
 
 
@@ -161,6 +163,8 @@ def _model(plan: Mapping[str, object], screen: Screen, trained: Screen) -> dict[
     done = _fit(plan, trained)
     scores = {"epochs": done.n_epochs, "fit_cpu_seconds": done.cpu_seconds}
     scores |= _recovery(done, screen, trained)
+    if "axes" in plan:
+        scores |= turned_scores(latents(done.model, done.cells), trained)
     scores["validation_elbo"] = float(elbo(done.model, done.validation).mean())
     scores |= _transfer_scores(done.model, screen)
     if plan["transfer"] == "released":
@@ -248,6 +252,45 @@ def latent_scores(
         "r2_cv": metrics.linear_r2(true, estimated, folds=5),
         "dci_disentanglement": dci.disentanglement,
         "dci_completeness": dci.completeness,
+    }
+
+
+def turned_scores(codes: np.ndarray, screen: Screen) -> dict[str, float | int]:
+    """Return how well latents and graph are recovered in the axes in which shifts are sparsest.
+
+    Latents of any model with the scale of its prior can be read in these axes
+    (`smslib.gauge.sparsest`); to find them takes labels, and no truth.
+
+    Parameters
+    ----------
+    codes : array, (n_cells, n_latent)
+        Estimated latents, prior standard deviations.
+    screen : Screen
+        Its cells, and the truth.
+
+    Returns
+    -------
+    dict
+        ``mcc_turned``, ``mcc_within_turned``; ``precision_turned``, ``recall_turned`` and
+        ``f1_turned``, where an edge is evidence of more than 2 (alpha - 1) nats; and
+        ``nats_saved``, what the turn takes off the cost of the graph.
+    """
+    cells, design, true = screen.cells, screen.design, screen.z.numpy()
+    alpha, condition = recipes.alpha_by_cells(cells, design), cells.condition.numpy()
+    means, n_cells = gauge.target_means(codes, condition, design.index(design.targets).numpy())
+    frames = gauge.centred(means), gauge.sparsest(means, n_cells, alpha=alpha)
+    nats = [gauge.evidence(frame.of(means), n_cells) for frame in frames]
+    before, after = (gauge.cost(each, alpha=alpha).sum() for each in nats)
+    turned = frames[1].of(codes)
+    matching = metrics.match_latents(true, turned)
+    edges = metrics.graph_scores(
+        screen.graph.numpy(), nats[1], matching, threshold=2 * (alpha - 1)
+    )
+    return {
+        "mcc_turned": metrics.mcc(true, turned),
+        "mcc_within_turned": metrics.within_condition_mcc(true, turned, condition),
+        **{f"{name}_turned": edges[name] for name in ("precision", "recall", "f1")},
+        "nats_saved": float(before - after),
     }
 
 
@@ -404,30 +447,47 @@ def _undone(model: SMSVAE, cells: Cells, design: Design, *, drift: bool) -> dict
     return scores
 
 
-def _control(method: str, screen: Screen, trained: Screen, *, seed: int) -> dict[str, float | int]:
+def _control(
+    plan: Mapping[str, object], screen: Screen, trained: Screen
+) -> dict[str, float | int]:
     """Score an estimate without a neural network; the oracle's on some of the cells."""
-    cells, true = trained.cells, trained.z.numpy()
+    method, seed, cells, true = plan["method"], plan["seed"], trained.cells, trained.z.numpy()
     counts, condition, n_latent = cells.counts.numpy(), cells.condition.numpy(), true.shape[1]
     if method == "oracle":
-        some = first_of_each(cells, _ORACLE_CELLS)
-        mean = simulate.oracle(trained, cells[some], seed=seed).mean.numpy()
-        unseen, design = _held_out(screen, trained.design)
-        unseen = unseen[first_of_each(unseen, _ORACLE_CELLS)]
-        floor = -_oracle_log_prob(screen, unseen, design)
-        return {**latent_scores(true[some], mean, condition[some]), "i_nll": float(floor.mean())}
+        return _oracle(screen, trained, seed=seed, turn="axes" in plan)
     if method == "told":
         model, _ = recipes.build(cells, trained.design, n_latent=n_latent, seed=seed)
         return ceilings.told(model, trained, seed=seed)
-    if method == "pca":
-        return latent_scores(true, controls.pca(counts, n_latent), condition)
     if method == "regression":
         return latent_scores(true, controls.regression(counts, true, seed=seed), condition)
-    found = controls.lda(counts, condition, n_latent)
-    graph = _two_largest(found.shift)
-    return {
-        **latent_scores(true, found.latents, condition),
-        **graph_scores(trained.graph.numpy(), graph, true, found.latents),
-    }
+    if method == "pca":
+        codes, edges = controls.pca(counts, n_latent), {}
+    else:
+        codes, shift = controls.lda(counts, condition, n_latent)
+        edges = graph_scores(trained.graph.numpy(), _two_largest(shift), true, codes)
+    scores = latent_scores(true, codes, condition) | edges
+    if "axes" in plan:
+        scores |= turned_scores(_white(codes, condition), trained)
+    return scores
+
+
+def _oracle(screen: Screen, trained: Screen, *, seed: int, turn: bool) -> dict[str, float | int]:
+    some = first_of_each(trained.cells, _ORACLE_CELLS)
+    part = replace(trained, cells=trained.cells[some], z=trained.z[some])
+    mean = simulate.oracle(trained, part.cells, seed=seed).mean.numpy()
+    unseen, design = _held_out(screen, trained.design)
+    unseen = unseen[first_of_each(unseen, _ORACLE_CELLS)]
+    floor = -_oracle_log_prob(screen, unseen, design)
+    scores = latent_scores(part.z.numpy(), mean, part.cells.condition.numpy())
+    return scores | {"i_nll": float(floor.mean())} | (turned_scores(mean, part) if turn else {})
+
+
+def _white(codes: np.ndarray, condition: np.ndarray) -> np.ndarray:
+    """Give codes the scale of a prior: the identity as their covariance within conditions."""
+    n_cells = np.bincount(condition)
+    means, _ = gauge.target_means(codes, condition, np.arange(len(n_cells)))
+    within = np.cov(codes - means[condition], rowvar=False)
+    return codes @ np.linalg.inv(np.linalg.cholesky(within)).T
 
 
 def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict[str, object]:

@@ -611,7 +611,8 @@ def _edges(
     truth, n_known = screen.truth.graph[rows].numpy(), parts.design.n_targets
     means, n_cells = _mean_codes(stages, screen, parts, codes)
     known = (means[:n_known], n_cells[:n_known])
-    frames = {"_centred": gauge.centred(known[0]), "_rotated": gauge.sparsest(*known, alpha=alpha)}
+    rotated = gauge.sparsest(*known, alpha=alpha, pairs=False)  # as in the runs that are stored
+    frames = {"_centred": gauge.centred(known[0]), "_rotated": rotated}
     asked, scores = 2 * (alpha - 1), {}
     for name, frame in frames.items():
         nats = gauge.evidence(frame.of(means), n_cells)
@@ -649,13 +650,8 @@ def _mean_codes(
 def _means(
     codes: Float[np.ndarray, "cell latent"], condition: Int[Tensor, " cell"], design: Design
 ) -> tuple[Float[np.ndarray, "target latent"], Int[np.ndarray, " target"]]:
-    """Average over the cells in which a target is perturbed alone."""
-    sums = torch.zeros(design.n_conditions, codes.shape[1], dtype=torch.float64)
-    sums.index_add_(0, condition, torch.from_numpy(codes).double())
-    n_cells = torch.bincount(condition, minlength=design.n_conditions)
     single = design.index(design.targets)
-    means = sums[single] / n_cells[single, None].clamp(min=1)
-    return means.numpy(), n_cells[single].numpy()
+    return gauge.target_means(codes, condition.numpy(), single.numpy())
 
 
 def _oracle(

@@ -17,7 +17,7 @@ from smslib.model import SMSVAE
 from smslib.priors import LogitGate
 from smslib.train import TrainConfig
 
-__all__ = ["CHANGES", "CORRECTIONS", "RECIPES", "Recipe", "build", "strength_at"]
+__all__ = ["CHANGES", "CORRECTIONS", "RECIPES", "Recipe", "alpha_by_cells", "build", "strength_at"]
 
 _BETA = 10.0  # of beta-VAE; the middle of the paper's grid {8, 10, 30}
 # sVAE+ keeps the edges whose shift exceeds sqrt(4 (alpha - 1) / n) prior standard deviations,
@@ -310,9 +310,27 @@ def strength_at(alpha: float, method: str) -> float | None:
     return {"svae+": alpha, "svae": 2.0 * (alpha - 1.0)}.get(method)
 
 
+def alpha_by_cells(cells: Cells, design: Design) -> float:
+    """Return the alpha of sVAE+ that keeps shifts above 1.34 prior standard deviations.
+
+    Of the target with the median number of cells; of others the more, the fewer cells they have.
+
+    Parameters
+    ----------
+    cells : Cells
+    design : Design
+
+    Returns
+    -------
+    float
+        At least 2: at 1 the prior is flat, and gates stay open.
+    """
+    median = float(design.cells_per_target(cells.condition).median())
+    return max(2.0, _ALPHA_PER_CELL * median)
+
+
 def _alpha(plan: Recipe, cells: Cells, design: Design) -> float:
     """Return the alpha of a recipe that adapts it to the screen."""
     if plan.sparsity == "targets":
         return float(max(2, design.n_targets))  # at 1 the prior is flat, and gates stay open
-    median = float(design.cells_per_target(cells.condition).median())
-    return max(2.0, _ALPHA_PER_CELL * median)
+    return alpha_by_cells(cells, design)

@@ -235,6 +235,19 @@ def _violations() -> Study:
     }
 
 
+def _axes() -> Study:
+    """Read the latents of every method in the axes in which its shifts are sparsest."""
+    sizes = {"p20": {"n_latent": 20}, "p15": {}}
+    methods = ("svae+", "ivae", "vae", "svae", "oracle", "lda", "pca")
+    return {
+        label: chain(
+            _runs("smslib", methods, range(3), axes="sparsest", **size),
+            _runs("released", ("svae+", "ivae"), range(3), axes="sparsest", **size),
+        )
+        for label, size in sizes.items()
+    }
+
+
 AGREEMENT = frozenset({"selection"})  # studies whose runs are of `smslib.benchmark.agree`
 STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
     {
@@ -251,6 +264,7 @@ STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
         "descendants": _descendants,
         "selection": _selection,
         "violations": _violations,
+        "axes": _axes,
         "waterfall": _waterfall,
     }
 )

@@ -134,6 +134,59 @@ def test_a_fit_on_shuffled_labels_is_scored_within_the_true_conditions(monkeypat
     assert (told["condition"] != done.cells.condition.numpy()).any()
 
 
+@pytest.fixture(scope="module")
+def deep():
+    """The trained interventions of a screen with 60 cells each and four latents."""
+    plan = {**benchmark.ARMS["smslib"], "seed": 0, "n_cells": 60, "n_latent": 4}
+    return benchmark._trained(benchmark._screen(plan))
+
+
+def test_true_latents_that_were_moved_and_turned_are_read_as_they_were(deep):
+    true = deep.z.numpy()
+    angle = np.eye(4)
+    angle[:2, :2] = np.array([[1, -1], [1, 1]]) / np.sqrt(2)
+    codes = true @ angle + [0.0, 1.5, -0.7, 0.2]
+    condition = deep.cells.condition.numpy()
+    found, as_it_was = (benchmark.turned_scores(each, deep) for each in (codes, true))
+    assert benchmark.latent_scores(true, codes, condition)["mcc"] < 0.9
+    assert found["mcc_turned"] > 0.99
+    assert found["f1_turned"] == pytest.approx(as_it_was["f1_turned"], abs=0.02)
+    assert found["nats_saved"] > as_it_was["nats_saved"] + 100
+
+
+def test_the_price_of_the_turned_graph_by_enumeration(deep, monkeypatch):
+    """With the descent replaced by a known turn, the scores follow from means and cost alone."""
+    codes, quarter = deep.z.numpy(), np.eye(4)[:, [1, 0, 2, 3]]
+    frame = benchmark.gauge.Frame(np.zeros(4), quarter)
+    monkeypatch.setattr(benchmark.gauge, "sparsest", lambda *_, **__: frame)
+    monkeypatch.setattr(benchmark.gauge, "centred", lambda _: frame)
+    found = benchmark.turned_scores(codes, deep)
+    assert found["nats_saved"] == 0
+    assert found["mcc_turned"] == pytest.approx(1.0)
+    means = np.stack([codes[deep.cells.condition == row].mean(0) for row in range(1, 81)])
+    edges = 60 * means**2 / 2 > 2 * (0.45 * 60 - 1)
+    agree = (edges & deep.graph.numpy()).sum() / [edges.sum(), deep.graph.sum()]
+    assert [found["precision_turned"], found["recall_turned"]] == pytest.approx(list(agree))
+
+
+def test_codes_are_made_white_within_conditions():
+    rng = np.random.default_rng(0)
+    condition = np.repeat([2, 3, 5], 200)
+    mixed = rng.standard_normal((600, 3)) @ rng.standard_normal((3, 3)) + condition[:, None]
+    white = benchmark._white(mixed, condition)
+    centred = [part - part.mean(0) for part in np.split(white, 3)]
+    np.testing.assert_allclose(np.cov(np.vstack(centred), rowvar=False), np.eye(3), atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["oracle", "pca", "lda", "svae+", "vae"])
+def test_on_request_every_method_is_read_in_its_sparsest_axes(method):
+    found = benchmark.recover(SHORT | {"method": method, "axes": "sparsest"})
+    graph = {f"{name}_turned" for name in ("precision", "recall", "f1")}
+    assert {"mcc_turned", "mcc_within_turned", "nats_saved"} | graph <= set(found)
+    assert found["nats_saved"] >= 0
+    assert all(math.isfinite(value) for value in found.values())
+
+
 @pytest.mark.parametrize("method", ["pca", "lda", "regression"])
 def test_controls_need_no_model(method):
     found = benchmark.recover(TINY | {"method": method})

@@ -353,6 +353,14 @@ def test_few_cells_still_leave_a_penalty():
     assert model.prior.gate.alpha == 2.0
 
 
+def test_alpha_by_cells_by_hand():
+    design = Design.single_target(["a", "b", "c"])
+    condition = torch.tensor([1] * 10 + [2] * 40 + [3] * 100)
+    cells = Cells(torch.ones(len(condition), 2), condition)
+    assert recipes.alpha_by_cells(cells, design) == pytest.approx(0.45 * 40)
+    assert recipes.alpha_by_cells(cells[:3], design) == 2.0
+
+
 def test_cells_per_target_is_a_median_over_targets_in_combinations_too():
     matrix = torch.tensor([[0.0, 0], [1, 0], [1, 1]])
     design = Design(("control", "a", "a+b"), ("a", "b"), matrix)

@@ -92,6 +92,13 @@ def test_violations_come_one_at_a_time_and_are_compared_with_none():
     assert {name for violation in broken for name in violation} == every
 
 
+def test_what_is_read_in_other_axes_are_the_fits_of_table_4():
+    asked = {sweep.run_id(config) for config in configs("table4")}
+    plain = [{k: v for k, v in config.items() if k != "axes"} for config in configs("axes")]
+    assert all("axes" in config for config in configs("axes"))
+    assert {sweep.run_id(config) for config in plain} <= asked
+
+
 def test_the_waterfall_ends_at_our_recipe():
     recipe = RECIPES["paper"]
     for name in CHANGES:
