@@ -467,7 +467,7 @@ def _control(
         edges = graph_scores(trained.graph.numpy(), _two_largest(shift), true, codes)
     scores = latent_scores(true, codes, condition) | edges
     if "axes" in plan:
-        scores |= turned_scores(_white(codes, condition), trained)
+        scores |= turned_scores(controls.whiten(codes, condition), trained)
     return scores
 
 
@@ -480,14 +480,6 @@ def _oracle(screen: Screen, trained: Screen, *, seed: int, turn: bool) -> dict[s
     floor = -_oracle_log_prob(screen, unseen, design)
     scores = latent_scores(part.z.numpy(), mean, part.cells.condition.numpy())
     return scores | {"i_nll": float(floor.mean())} | (turned_scores(mean, part) if turn else {})
-
-
-def _white(codes: np.ndarray, condition: np.ndarray) -> np.ndarray:
-    """Give codes the scale of a prior: the identity as their covariance within conditions."""
-    n_cells = np.bincount(condition)
-    means, _ = gauge.target_means(codes, condition, np.arange(len(n_cells)))
-    within = np.cov(codes - means[condition], rowvar=False)
-    return codes @ np.linalg.inv(np.linalg.cholesky(within)).T
 
 
 def summarise(runs: pd.DataFrame, study: Mapping[str, Sequence[Config]]) -> dict[str, object]:

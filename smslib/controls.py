@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Real
 
 from smslib import metrics
 
-__all__ = ["Discriminant", "lda", "pca", "quartimax", "regression", "shuffle_labels"]
+__all__ = ["Discriminant", "lda", "pca", "quartimax", "regression", "shuffle_labels", "whiten"]
 
 
 class Discriminant(NamedTuple):
@@ -135,6 +135,39 @@ def quartimax(
         left, _, right = np.linalg.svd(loadings.T @ rotated**3)
         rotation, last = left @ right, criterion
     return loadings @ rotation, rotation
+
+
+def whiten(
+    codes: Real[Any, "cell latent"], condition: Int[Any, " cell"]
+) -> Float[np.ndarray, "cell latent"]:
+    """Give codes of any origin the scale of a prior: within conditions, the identity covariance.
+
+    Parameters
+    ----------
+    codes : array, (n_cells, n_latent)
+    condition : array of int, (n_cells,)
+
+    Returns
+    -------
+    array, (n_cells, n_latent)
+        A linear map of the codes, known up to a rotation.
+
+    Raises
+    ------
+    ValueError
+        If ``condition`` does not have one entry per cell or holds a single label, or some
+        combination of the codes does not vary within conditions.
+    """
+    codes = np.asarray(codes, dtype=float)
+    labels, group = _checked_condition(condition, len(codes))
+    means = np.stack([codes[group == label].mean(0) for label in range(len(labels))])
+    within = np.atleast_2d(np.cov(codes - means[group], rowvar=False))
+    if (rank := np.linalg.matrix_rank(within)) < len(within):
+        raise ValueError(
+            f"within conditions {len(within)} codes vary in {rank} directions; expected as many, "
+            "so drop constant codes and those that repeat others"
+        )
+    return codes @ np.linalg.inv(np.linalg.cholesky(within)).T
 
 
 def regression(

@@ -169,15 +169,6 @@ def test_the_price_of_the_turned_graph_by_enumeration(deep, monkeypatch):
     assert [found["precision_turned"], found["recall_turned"]] == pytest.approx(list(agree))
 
 
-def test_codes_are_made_white_within_conditions():
-    rng = np.random.default_rng(0)
-    condition = np.repeat([2, 3, 5], 200)
-    mixed = rng.standard_normal((600, 3)) @ rng.standard_normal((3, 3)) + condition[:, None]
-    white = benchmark._white(mixed, condition)
-    centred = [part - part.mean(0) for part in np.split(white, 3)]
-    np.testing.assert_allclose(np.cov(np.vstack(centred), rowvar=False), np.eye(3), atol=1e-9)
-
-
 @pytest.mark.parametrize("method", ["oracle", "pca", "lda", "svae+", "vae"])
 def test_on_request_every_method_is_read_in_its_sparsest_axes(method):
     found = benchmark.recover(SHORT | {"method": method, "axes": "sparsest"})

@@ -33,6 +33,21 @@ def screen():
     return counts_of(logs), condition, z, shift
 
 
+# ---------------------------------------------------------------- scale
+
+
+@pytest.mark.parametrize("n_latent", [1, 3])
+def test_whitened_codes_have_the_identity_as_covariance_within_conditions(n_latent):
+    rng = np.random.default_rng(0)
+    condition = np.repeat([2, 3, 5], 200)
+    mixing = rng.standard_normal((n_latent, n_latent))
+    mixed = rng.standard_normal((600, n_latent)) @ mixing + condition[:, None]
+    white = controls.whiten(mixed, condition)
+    centred = np.vstack([part - part.mean(0) for part in np.split(white, 3)])
+    np.testing.assert_allclose(np.atleast_2d(np.cov(centred.T)), np.eye(n_latent), atol=1e-9)
+    np.testing.assert_allclose(metrics.linear_r2(mixed, white), 1.0)
+
+
 # ---------------------------------------------------------------- PCA
 
 
@@ -163,7 +178,7 @@ CONTROLS = {
 
 
 def test_every_control_is_under_contract():
-    helpers = {"Discriminant", "quartimax", "shuffle_labels"}
+    helpers = {"Discriminant", "whiten", "quartimax", "shuffle_labels"}
     assert CONTROLS.keys() == set(controls.__all__) - helpers
 
 
@@ -245,6 +260,14 @@ def test_every_control_wants_counts(name, counts, message):
         (
             lambda: controls.quartimax(np.array([[1.0, np.nan]])),
             r"loadings have shape \(1, 2\); expected a matrix of finite numbers",
+        ),
+        (
+            lambda: controls.whiten(COUNTS[:, [0, 0]], LABELS),
+            "within conditions 2 codes vary in 1 directions; expected as many",
+        ),
+        (
+            lambda: unchecked(controls.whiten)(COUNTS, LABELS[:5]),
+            r"condition has shape \(5,\); expected \(12,\), one per cell",
         ),
         (
             lambda: controls.regression(COUNTS, COUNTS[:, :2], folds=13),
