@@ -22,6 +22,7 @@ _STEPS, _RATE = 500, 0.02
 _NO_TURN = 15
 # Up to half a right angle to either side: further is one of these with the latents exchanged.
 _ANGLES = (torch.arange(32, dtype=torch.float64) - _NO_TURN) * (math.pi / 64)
+_LEAST_GAIN = 1e-4  # by medians along new axes, as a share of the cost
 _LEAST_SAVED = 1e-3  # by a turn of two latents, in units of alpha - 1 over the whole graph
 _AT_ONCE = 4_000_000  # numbers in a table of costs
 
@@ -110,13 +111,14 @@ def sparsest(
     n_cells: Int[np.ndarray, " target"],
     *,
     alpha: float,
-    pairs: bool = True,
+    thorough: bool = True,
 ) -> Frame:
     """Turn the axes about the median of the targets until the graph costs least.
 
     Downhill from the axes as they are, which from a random rotation often ends in an optimum
     nearby; and once more after turning two latents at a time, always those two and by that angle
-    that save most. The cheaper of the two counts.
+    that save most. Of the two the cheaper counts. Then the medians are taken along the new axes,
+    which most targets share better, and the axes turned about these, until nothing is gained.
 
     Parameters
     ----------
@@ -125,8 +127,8 @@ def sparsest(
     n_cells : array of int, (n_targets,)
     alpha : float
         Sparsity of the gates, above 1.
-    pairs : bool
-        Whether to try the turns of two latents as well.
+    thorough : bool
+        Whether to do more than go downhill once.
 
     Returns
     -------
@@ -140,13 +142,32 @@ def sparsest(
         As `cost`.
     """
     _check(alpha)
-    start = centred(mean)
-    size = start.of(mean) * np.sqrt(n_cells[:, None] / (2 * (alpha - 1)))
-    scaled = torch.from_numpy(size.astype(np.float64))
-    starts = [torch.eye(scaled.shape[1], dtype=scaled.dtype)]
-    starts += [_turned_by_pairs(scaled)] if pairs else []
-    ends = [axes @ _turned(scaled @ axes) for axes in starts]
-    return Frame(start.origin, min(ends, key=lambda axes: _total(scaled @ axes)).numpy())
+    scale = np.sqrt(n_cells[:, None] / (2 * (alpha - 1)))
+    best, price = _about_median(mean, scale, np.eye(mean.shape[1]), pairs=thorough)
+    while thorough:
+        again, lower = _about_median(mean, scale, best.axes, pairs=True)
+        if lower >= (1 - _LEAST_GAIN) * price:
+            break
+        best, price = again, lower
+    return best
+
+
+def _about_median(
+    mean: Float[np.ndarray, "target latent"],
+    scale: Float[np.ndarray, "target 1"],
+    axes: Float[np.ndarray, "latent latent"],
+    *,
+    pairs: bool,
+) -> tuple[Frame, float]:
+    """Turn these axes about the medians along them; return what the graph then costs, too."""
+    start = centred(mean @ axes)
+    scaled = torch.from_numpy((start.of(mean @ axes) * scale).astype(np.float64))
+    turns = [torch.eye(scaled.shape[1], dtype=scaled.dtype)]
+    turns += [_turned_by_pairs(scaled)] if pairs else []
+    ends = [turn @ _turned(scaled @ turn) for turn in turns]
+    prices = [_total(scaled @ turn) for turn in ends]
+    turn = ends[int(np.argmin(prices))].numpy()
+    return Frame(axes @ start.origin, axes @ turn), min(prices)
 
 
 def _check(alpha: float) -> None:

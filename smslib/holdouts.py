@@ -611,7 +611,7 @@ def _edges(
     truth, n_known = screen.truth.graph[rows].numpy(), parts.design.n_targets
     means, n_cells = _mean_codes(stages, screen, parts, codes)
     known = (means[:n_known], n_cells[:n_known])
-    rotated = gauge.sparsest(*known, alpha=alpha, pairs=False)  # as in the runs that are stored
+    rotated = gauge.sparsest(*known, alpha=alpha, thorough=False)  # as in the runs that are stored
     frames = {"_centred": gauge.centred(known[0]), "_rotated": rotated}
     asked, scores = 2 * (alpha - 1), {}
     for name, frame in frames.items():
