@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch.nn import functional
 
-from smslib import metrics, recipes, transfer
+from smslib import gauge, metrics, recipes, transfer
 from smslib.data import (
     Cells,
     Design,
@@ -289,6 +289,36 @@ class SMS:
         with torch.no_grad():
             shifts = self.module.prior.gate() * self.module.prior.slab()
         return self._by_target(shifts.cpu().numpy())
+
+    def get_sparsest_axes(self, *, alpha: float | None = None) -> gauge.Frame:
+        """Return the axes in which the model's cells need the fewest shifts.
+
+        A fit without sparsity has axes by chance, and one with it may not have settled them.
+        ``axes.of(model.get_latent_representation())`` are the latents in these; to read shifts as
+        well, `smslib.gauge` has the means and the evidence. Conditions with one target count.
+
+        Parameters
+        ----------
+        alpha : float, optional
+            Sparsity as that of sVAE+, above 1. The default is `smslib.recipes.alpha_by_cells`.
+
+        Raises
+        ------
+        ValueError
+            If no condition has one target, or as `smslib.gauge.sparsest`.
+        """
+        design, condition = self.module.prior.design, self.cells.condition.cpu().numpy()
+        single = np.flatnonzero((design.matrix.cpu() != 0).sum(1).numpy() == 1)
+        if not len(single):
+            raise ValueError(
+                "no condition of this screen has one target alone; expected some, for axes are "
+                "chosen by what single targets move"
+            )
+        codes = self.get_latent_representation()
+        means, n_cells = gauge.target_means(codes, condition, single)
+        if alpha is None:
+            alpha = recipes.alpha_by_cells(self.cells, design)
+        return gauge.sparsest(means, n_cells, alpha=alpha)
 
     def get_thresholds(self) -> pd.Series:
         """Return the shift beyond which a gate stays open, prior standard deviations, per target.

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from smslib import estimator, recipes, transfer
+from smslib import estimator, gauge, recipes, transfer
 from smslib.data import Cells
 from smslib.estimator import SMS, stability
 from smslib.evaluate import elbo, iwelbo
@@ -74,6 +74,31 @@ def test_verbs_in_order(fitted):
     assert fitted.get_graph().to_numpy().min() >= 0
     assert fitted.get_shifts().shape == (2, 2)
     assert repr(fitted) == "SMS(60 cells, 12 genes, 3 conditions, 2 latents; fitted)"
+
+
+def test_the_sparsest_axes_are_those_of_the_mean_codes(fitted):
+    frame = fitted.get_sparsest_axes(alpha=3.0)
+    codes, target = fitted.get_latent_representation(), fitted.adata.obs["target"]
+    means = np.stack([codes[target == name].mean(0) for name in ("a", "b")])
+    by_hand = gauge.sparsest(means, np.array([20, 20]), alpha=3.0)
+    np.testing.assert_allclose(frame.axes, by_hand.axes, atol=1e-6)
+    np.testing.assert_allclose(frame.of(codes), (codes - frame.origin) @ frame.axes)
+    default = fitted.get_sparsest_axes()
+    np.testing.assert_allclose(default.axes, fitted.get_sparsest_axes(alpha=0.45 * 20).axes)
+
+
+def test_pairs_do_not_choose_axes():
+    model = make_model(make_adata(("none", "a", "b", "a+b")))
+    model.train(epochs=1, progress=False)
+    assert model.module.prior.design.targets == ("a", "b")
+    codes = model.get_latent_representation()
+    means = np.stack([codes[model.adata.obs["target"] == name].mean(0) for name in ("a", "b")])
+    expected = gauge.sparsest(means, np.array([20, 20]), alpha=3.0)
+    np.testing.assert_allclose(model.get_sparsest_axes(alpha=3.0).axes, expected.axes, atol=1e-6)
+    alone = make_model(make_adata(("none", "a+b", "c+d")))
+    alone.train(epochs=1, progress=False)
+    with pytest.raises(ValueError, match="no condition of this screen has one target alone"):
+        alone.get_sparsest_axes()
 
 
 def test_expected_shift_is_gate_times_slab(fitted):
@@ -388,7 +413,8 @@ def test_other_methods_and_recipes(method, recipe):
 def test_saved_model_answers_the_same(fitted, tmp_path):
     fitted.save(tmp_path)
     loaded = SMS.load(tmp_path, make_adata())
-    for verb in ("get_latent_representation", "get_graph", "get_shifts", "get_thresholds"):
+    verbs = ("get_latent_representation", "get_graph", "get_shifts", "get_thresholds")
+    for verb in (*verbs, "get_sparsest_axes"):
         np.testing.assert_array_equal(getattr(loaded, verb)(), getattr(fitted, verb)())
     np.testing.assert_array_equal(loaded.validation_indices, fitted.validation_indices)
     pd.testing.assert_frame_equal(loaded.history.frame(), fitted.history.frame())
