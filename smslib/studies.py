@@ -65,11 +65,17 @@ def _table4() -> Study:
     """Vary the number of latents; at 20 fits get stuck, so that further starts are made there."""
     # 15 is the default: left unsaid, its runs are those of Table 1.
     sizes = {f"p{p}": {} if p == 15 else {"n_latent": p} for p in (20, 5, 10, 15)}
-    starts = {
-        f"p20-start{k}": _runs("smslib", ("svae+",), range(3), n_latent=20, init_seed=1000 + k)
+    study = {label: _both(METHODS, n_seeds=5, **size) for label, size in sizes.items()}
+    return study | _further_starts()
+
+
+def _further_starts(**data: object) -> Study:
+    return {
+        f"p20-start{k}": _runs(
+            "smslib", ("svae+",), range(3), n_latent=20, init_seed=1000 + k, **data
+        )
         for k in (1, 2)
     }
-    return {label: _both(METHODS, n_seeds=5, **size) for label, size in sizes.items()} | starts
 
 
 def _table5() -> Study:
@@ -239,13 +245,14 @@ def _axes() -> Study:
     """Read the latents of every method in the axes in which its shifts are sparsest."""
     sizes = {"p20": {"n_latent": 20}, "p15": {}}
     methods = ("svae+", "ivae", "vae", "svae", "oracle", "lda", "pca")
-    return {
+    study = {
         label: chain(
             _runs("smslib", methods, range(3), axes="sparsest", **size),
             _runs("released", ("svae+", "ivae"), range(3), axes="sparsest", **size),
         )
         for label, size in sizes.items()
     }
+    return study | _further_starts(axes="sparsest")
 
 
 AGREEMENT = frozenset({"selection"})  # studies whose runs are of `smslib.benchmark.agree`
