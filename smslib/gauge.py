@@ -139,9 +139,11 @@ def sparsest(
     Raises
     ------
     ValueError
-        As `cost`.
+        If a mean is not finite, there is no target, or ``n_cells`` has not one number for each;
+        or as `cost`.
     """
     _check(alpha)
+    _check_means(mean, n_cells)
     scale = np.sqrt(n_cells[:, None] / (2 * (alpha - 1)))
     best, price = _about_median(mean, scale, np.eye(mean.shape[1]), pairs=thorough)
     while thorough:
@@ -175,6 +177,19 @@ def _check(alpha: float) -> None:
         raise ValueError(
             f"alpha is {alpha}; expected more than 1, for with a flat prior no coordinates are "
             "sparser than others"
+        )
+
+
+def _check_means(mean: np.ndarray, n_cells: np.ndarray) -> None:
+    if len(mean) == 0 or n_cells.shape != (len(mean),):
+        raise ValueError(
+            f"mean has {len(mean)} rows and n_cells shape {n_cells.shape}; expected a row and a "
+            "number for each target, of one target at least"
+        )
+    if wrong := int((~np.isfinite(mean)).any(1).sum()):
+        raise ValueError(
+            f"the means of {wrong} of {len(mean)} targets are not finite; expected numbers, and "
+            "zeros for a target without cells, as from gauge.target_means"
         )
 
 

@@ -123,6 +123,22 @@ def test_of_a_single_latent_only_the_origin_moves():
     assert (frame.origin.item(), frame.axes.item()) == pytest.approx((0.4, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("mean", "n_cells", "message"),
+    [
+        (
+            np.where(SPARSE == 1.5, np.nan, SPARSE),
+            CELLS,
+            "the means of 1 of 9 targets are not fin",
+        ),
+        (SPARSE[:0], CELLS[:0], "mean has 0 rows and n_cells shape"),
+    ],
+)
+def test_means_that_cannot_be_turned_are_refused(mean, n_cells, message):
+    with pytest.raises(ValueError, match=message):
+        gauge.sparsest(mean, n_cells, alpha=5.0)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.5, float("nan")])
 def test_a_flat_prior_prefers_no_axes(alpha):
     with pytest.raises(ValueError, match="expected more than 1"):
