@@ -71,6 +71,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "svae+": Look("sVAE+", "#0072B2", "P"),
         "cpa-vae": Look("CPA-VAE", "#8A6D00", "<"),
         "sams-vae": Look("SAMS-VAE", "#CC79A7", "D"),
+        "pca": Look("PCA", "#882255", "p"),
         "lda": Look("LDA", "#555555", "d"),
         "oracle": Look("oracle", "#000000", "*"),
         "shuffled": Look("shuffled", "#D55E00", "X"),
